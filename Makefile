@@ -1,0 +1,49 @@
+# make demo: the main job end to end on embedded data.  make test: the tests.  Both set everything up first.
+PYTHON ?= python3
+BIN := .venv/bin
+RANKS ?= 2
+# Ranks, readers and BLAS share few cores: threads that wait must sleep, not spin.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: setup demo test lint format bench clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable . --group dev
+	touch $@
+
+DEMO := runs/demo
+TRAIN := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m nldist.cli train configs/demo.yaml
+
+demo: setup
+	$(BIN)/python tools/shard.py digits $(DEMO)/data
+	$(BIN)/python tools/noise.py $(DEMO)/data --model symmetric --rate 0.5 --seed 0 --name sym50
+	OMP_NUM_THREADS=1 $(TRAIN) method.name=cross_entropy run.dir=$(DEMO)/cross_entropy
+	OMP_NUM_THREADS=1 $(TRAIN) method.name=dividemix run.dir=$(DEMO)/dividemix
+	@echo; echo "Digits, half of the labels made wrong, $(RANKS) ranks:"; echo
+	@$(BIN)/nldist compare $(DEMO)/cross_entropy $(DEMO)/dividemix --json $(DEMO)/table.json
+	@echo; echo "Plots:"; ls $(DEMO)/*/plots/*.png
+	@echo; echo "Which labels are wrong: $(DEMO)/dividemix/tables/samples.parquet"
+	@echo "To look at both runs:   $(BIN)/mlflow ui --backend-store-uri sqlite:///$(DEMO)/mlflow.db"
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/mixture.py
+	$(BIN)/python benchmarks/input.py
+
+clean:
+	rm -rf runs .venv

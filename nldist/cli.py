@@ -1,0 +1,99 @@
+"""The command line: nldist train | evaluate | dry-run | compare | sync."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from nldist.config import load_config
+from nldist.errors import main_guard
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; exit code 0, 2 for a user's error, 143 when stopped with everything saved."""
+    options = _parser().parse_args(argv)
+    command: int = options.command(options)
+    return command
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nldist", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train, or go on with an interrupted run; alone or under torchrun")
+    _add_configuration(train)
+    train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser("evaluate", help="accuracy of a run's weights on a split")
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    evaluate.add_argument("--split", help="default: the run's data.eval_split")
+    evaluate.add_argument("--weights", choices=("last", "best"), default="last")
+    evaluate.set_defaults(command=_evaluate)
+
+    dry_run = commands.add_parser("dry-run", help="check data and settings; print steps, memory and state; no training")
+    _add_configuration(dry_run)
+    dry_run.add_argument("--world-size", type=int, default=1, help="number of ranks to plan for")
+    dry_run.set_defaults(command=_dry_run)
+
+    compare = commands.add_parser("compare", help="a table of finished runs")
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    compare.add_argument("--json", type=Path, help="also write the rows to this file")
+    compare.set_defaults(command=_compare)
+
+    sync = commands.add_parser("sync", help="send MLflow what it missed of a run")
+    sync.add_argument("run", type=Path, metavar="RUN")
+    sync.set_defaults(command=_sync)
+    return parser
+
+
+def _add_configuration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.epochs=10")
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.overrides)
+    from nldist.train import train
+
+    return train(config)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from nldist.evaluate import evaluate
+
+    result = evaluate(options.run, options.split, options.weights)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps(result, indent=2))
+    return 0
+
+
+def _dry_run(options: argparse.Namespace) -> int:
+    from nldist.dryrun import dry_run
+
+    for line in dry_run(load_config(options.config, options.overrides), options.world_size):
+        print(line, flush=True)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from nldist.evaluate import compare, table
+    from nldist.run import write_text
+
+    rows = compare(options.runs)
+    print(table(rows))
+    if options.json:
+        write_text(options.json, json.dumps(rows, indent=2) + "\n")
+    return 0
+
+
+def _sync(options: argparse.Namespace) -> int:
+    from nldist.track import sync
+
+    sync(options.run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,296 @@
+"""The typed configuration of a run: one class per part, every field documented; loading, includes, overrides."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from nldist.data.views import ViewOp
+from nldist.errors import UserError
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values are fixed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunSection(Section):
+    """Where the run keeps its files, and its randomness."""
+
+    dir: Path = Field(Path("runs/unnamed"), description="run directory: checkpoints, metrics, plots, summary")
+    seed: int = Field(0, ge=0, description="every random decision of the run follows from it")
+
+
+def _whole_window(value: Any) -> Any:
+    return None if value == "whole" else value
+
+
+class DataSection(Section):
+    """The data set on disk and how it is read."""
+
+    root: Path = Field(description="data set directory made by tools/shard.py (holds dataset.json)")
+    train_split: str = Field("train", description="split to train on")
+    eval_split: str = Field("test", description="split that accuracy is measured on after every epoch")
+    label_set: str | None = Field(None, description="labels to train with; none = the labels in the shards")
+    clean_label_set: str = Field("clean", description="true labels, where known: only used to measure the split")
+    mean: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="RGB mean in [0, 1]")
+    std: tuple[float, float, float] = Field((0.25, 0.25, 0.25), description="RGB standard deviation in [0, 1]")
+    num_workers: int = Field(2, ge=0, description="reading and decoding processes per rank; 0 = in the rank itself")
+    window: Annotated[int | None, BeforeValidator(_whole_window)] = Field(
+        16384, description="records shuffled together, so that reads stay sequential; 'whole' = all of a rank's"
+    )
+    on_bad: Literal["skip", "refuse"] = Field("skip", description="what to do with a record that cannot be decoded")
+    max_side: int = Field(1024, ge=8, description="images with a longer side (pixels) are shrunk when decoded")
+    cache_dir: Path | None = Field(None, description="node-local directory for copies of remote shards")
+    cache_gib: float = Field(100.0, gt=0, description="size limit of cache_dir in GiB")
+
+
+class ViewsSection(Section):
+    """Augmentations, as lists of operations (see nldist.data.views)."""
+
+    train: list[ViewOp] = Field(description="random view for training")
+    eval: list[ViewOp] = Field(description="fixed view for sweeps and evaluation")
+
+
+class ModelSection(Section):
+    """The network."""
+
+    name: str = Field("preact_resnet18", description="one of nldist.models or any timm model")
+    pretrained: Path | None = Field(None, description="file of backbone weights (.pt, .safetensors) to start from")
+    channels_last: bool = Field(True, description="memory format of weights and images")
+    compile: bool = Field(False, description="torch.compile the network")
+
+
+class OptimSection(Section):
+    """SGD and its learning rate."""
+
+    lr: float = Field(0.02, gt=0, description="learning rate at the per-rank batch size of the configuration")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    nesterov: bool = False
+    schedule: Literal["step", "cosine"] = Field("step", description="step: times gamma at each milestone")
+    milestones: list[int] = Field([], description="epochs at which schedule=step multiplies the rate by gamma")
+    gamma: float = Field(0.1, gt=0, le=1)
+    min_lr: float = Field(0.0, ge=0, description="end of schedule=cosine")
+    warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear increase from 0 at the start")
+    clip_norm: float | None = Field(None, gt=0, description="largest allowed norm of the gradient")
+    accumulate: int = Field(1, ge=1, description="batches per optimiser step")
+
+
+class TrainSection(Section):
+    """Length, batches, precision and checkpoints."""
+
+    epochs: int = Field(ge=1, description="epochs in all, warm-up included")
+    batch_size: int = Field(
+        128, ge=4, description="samples per step, rank and network; DivideMix: half labelled, half unlabelled"
+    )
+    eval_batch_size: int = Field(512, ge=1, description="samples per step and rank in sweeps and evaluation")
+    autocast: Literal["off", "bf16"] = Field("off", description="precision of the forward and backward pass")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="evaluate averaged weights with this decay per step")
+    checkpoint_every_steps: int = Field(1000, ge=0, description="also within an epoch; 0 = at epoch ends only")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
+
+
+class MixtureSection(Section):
+    """The two-component mixture over the losses (algorithms 1.3, 1.4; defaults of the reference)."""
+
+    max_iter: int = Field(10, ge=1, description="EM iterations at most; the early stop is part of the method")
+    tol: float = Field(1e-2, gt=0, description="stop when the mean log-likelihood changes by less")
+    reg_covar: float = Field(5e-4, gt=0, description="added to both variances")
+    history: int = Field(1, ge=1, description="epochs of normalised losses averaged (reference: 5 at 90 % noise)")
+
+
+class MixupMethod(Section):
+    """Settings of method.name=mixup."""
+
+    alpha: float = Field(1.0, gt=0, description="mixing weight ~ Beta(alpha, alpha)")
+
+
+class DivideMixMethod(Section):
+    """Settings of method.name=dividemix (symbols as in the paper; algorithms section 2)."""
+
+    warmup_epochs: int = Field(10, ge=0, description="epochs of cross-entropy before the first split")
+    warmup_penalty: bool = Field(False, description="add negative entropy in the warm-up (asymmetric or real noise)")
+    tau: float = Field(0.5, gt=0, lt=1, description="labelled if the clean probability exceeds it")
+    temperature: float = Field(0.5, gt=0, description="T of sharpening")
+    alpha: float = Field(4.0, gt=0, description="mixing weight ~ Beta(alpha, alpha)")
+    lambda_u: float = Field(25.0, ge=0, description="weight of the unlabelled loss (form=cifar)")
+    rampup_epochs: float = Field(16.0, gt=0, description="epochs over which lambda_u grows from 0")
+    form: Literal["cifar", "real"] = Field(
+        "cifar", description="real: the published WebVision/Clothing1M form, labelled rows only, no unlabelled loss"
+    )
+    peers: Literal["sequential", "parallel"] = Field(
+        "parallel", description="train against the updated peer, or against last epoch's"
+    )
+    subset: int | None = Field(
+        None, ge=2, description="class-balanced samples drawn per network and epoch (Clothing1M); none = all"
+    )
+
+
+class MethodSection(Section):
+    """Which method, and the settings of each."""
+
+    name: Literal["cross_entropy", "mixup", "dividemix"] = "dividemix"
+    mixup: MixupMethod = MixupMethod()
+    dividemix: DivideMixMethod = DivideMixMethod()
+    mixture: MixtureSection = MixtureSection()
+
+
+class DistSection(Section):
+    """Ranks and devices."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: int | None = Field(None, ge=1, description="CPU threads per rank; none = cores / local ranks")
+    timeout_seconds: float = Field(1800.0, gt=0, description="longest wait in one collective before the run fails")
+
+
+class TrackSection(Section):
+    """MLflow, on top of the JSON lines that every run writes."""
+
+    enabled: bool = Field(True, description="send metrics to MLflow")
+    uri: str | None = Field(None, description="MLflow store or server; none = mlflow.db beside the run directory")
+    experiment: str = "nldist"
+    run_name: str | None = Field(None, description="none = the run directory's name")
+    system_metrics: bool = Field(True, description="CPU, memory and GPU use")
+    every_seconds: float = Field(10.0, gt=0, description="interval of progress lines and step metrics")
+    histogram_every: int = Field(5, ge=1, description="epochs between loss histograms")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunSection = RunSection()
+    data: DataSection
+    views: ViewsSection
+    model: ModelSection = ModelSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection
+    method: MethodSection = MethodSection()
+    dist: DistSection = DistSection()
+    track: TrackSection = TrackSection()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Config":
+        divide = self.method.dividemix
+        if self.method.name == "dividemix" and divide.warmup_epochs > self.train.epochs:
+            raise ValueError(
+                f"method.dividemix.warmup_epochs={divide.warmup_epochs} is more than "
+                f"train.epochs={self.train.epochs}; lower it or train longer"
+            )
+        return self
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by dotted name, as plain values."""
+        return dict(flatten(self.model_dump(mode="json")))
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML that `load_config` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML configuration with its includes, then apply `section.key=value` overrides.
+
+    `include: [FILE, ...]` (relative to the file that says it) is merged first, in order; the file itself wins.
+
+    Raises:
+        UserError: a missing file, broken YAML, an unknown key (with the nearest right one) or a wrong value.
+    """
+    values = _read(Path(path), ())
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+
+
+def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in parents:
+        raise UserError(f"{path} includes itself, by way of {' -> '.join(p.name for p in parents)}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"configuration {path} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold sections such as 'data:' and 'train:', not {type(values).__name__}")
+    merged: dict[str, Any] = {}
+    includes = values.pop("include", [])
+    for include in [includes] if isinstance(includes, str) else includes:
+        merged = _merge(merged, _read(path.parent / include, (*parents, path.resolve())))
+    return _merge(merged, values)
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"override '{override}' must look like train.epochs=10")
+    *sections, key = dotted.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"override '{override}': {section} is a value, not a section")
+    try:
+        values[key] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values[key] = text
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem as one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{where} is not a setting{_nearest(first['loc'])}"
+    if first["type"] == "missing":
+        return f"{where} is missing; set it in the file or as {where}=..."
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}={first['input']!r}: {message}" if where else message
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    model: Any = Config
+    prefix = []
+    for part in location[:-1]:
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            break
+        prefix.append(str(part))
+        model = next((t for t in (field.annotation, *get_args(field.annotation)) if hasattr(t, "model_fields")), None)
+    wrong = str(location[-1])
+    here = [".".join([*prefix, name]) for name in getattr(model, "model_fields", {})]
+    close = difflib.get_close_matches(".".join([*prefix, wrong]), here, n=1, cutoff=0.5)
+    close = close or difflib.get_close_matches(wrong, _all_settings(), n=1, cutoff=0.3)
+    return f"; did you mean {close[0]}?" if close else f"; the settings here are {', '.join(here)}"
+
+
+def _all_settings(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += _all_settings(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """The leaves of nested mappings with their dotted names."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

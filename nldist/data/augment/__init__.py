@@ -1,0 +1,1 @@
+"""The batched augmentation ops that `nldist.data.views` puts together."""

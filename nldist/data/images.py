@@ -1,0 +1,185 @@
+"""One raw image made fit for a shard: checked by a full decode, and copied or converted to plain 8-bit."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with more behind
+ORIENTATION = 0x0112
+PNG_END = b"IEND\xaeB`\x82"
+
+
+class BadImageError(Exception):
+    """An image that cannot be used; the message is the reason, for the list of refused images."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an image may cost: `max_pixels` (width x height) when decoded, `max_bytes` as a file.
+
+    Beyond either an image is refused before it is decoded, so a decompression bomb costs nothing.
+    """
+
+    max_pixels: int = 100_000_000
+    max_bytes: int = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An image as it goes into a shard: file bytes, extension (jpg, png or webp), and size in pixels."""
+
+    data: bytes
+    extension: str
+    height: int
+    width: int
+
+
+def normalise(raw: bytes | np.ndarray, limits: Limits, resize: int | None = None) -> Encoded:
+    """Check one image by a full decode and make it plain: 8-bit RGB or grey, upright, one frame.
+
+    An image that is plain already is returned byte for byte. Any other is converted (alpha is composited on
+    white, 16-bit is scaled to 8-bit) and written as PNG if its source was lossless, else as JPEG of quality
+    95 without chroma subsampling. With `resize`, an image whose short side (pixels) is longer than that is
+    shrunk to it with an antialiasing Lanczos filter. `raw` is a file's bytes, or uint8 pixels (H, W) or
+    (H, W, 3).
+
+    Raises:
+        BadImageError: it is empty, truncated, no image, of an unknown kind, or beyond `limits`.
+    """
+    if isinstance(raw, np.ndarray):
+        image: Image.Image = Image.fromarray(raw)
+        return _encode(_shrink(image, resize), lossy=False)
+    image, upright = _decode(raw, limits)
+    shrunk = resize is not None and min(upright.size) > resize
+    if not shrunk and upright is image and _is_plain(image, raw):
+        return Encoded(raw, EXTENSIONS[str(image.format)], image.height, image.width)
+    with _refusing():
+        return _encode(_shrink(_to_8_bit(upright), resize), lossy=_is_lossy(image, raw))
+
+
+def decoded_size(raw: bytes, limits: Limits) -> tuple[int, int]:
+    """Decode an image in full and return its (height, width) in pixels, EXIF rotation applied.
+
+    Raises:
+        BadImageError: as `normalise`.
+    """
+    _, upright = _decode(raw, limits)
+    return upright.height, upright.width
+
+
+def _decode(raw: bytes, limits: Limits) -> tuple[Image.Image, Image.Image]:
+    """The opened image, and the same turned upright (the very same object if it was upright)."""
+    if not raw:
+        raise BadImageError("empty file")
+    if len(raw) > limits.max_bytes:
+        raise BadImageError(f"{len(raw):,} bytes are more than the limit of {limits.max_bytes:,}")
+    with _refusing(), _own_pixel_limit():
+        image = Image.open(io.BytesIO(raw), formats=FORMATS)
+        if image.width * image.height > limits.max_pixels:
+            size = f"{image.width} x {image.height} pixels"
+            raise BadImageError(f"{size} are more than the limit of {limits.max_pixels:,}")
+        if image.format == "PNG":
+            _check_png(raw)
+        image.load()
+        upright = ImageOps.exif_transpose(image) if _orientation(image) in range(2, 9) else image
+    return image, upright
+
+
+def _check_png(raw: bytes) -> None:
+    # Pillow's decoder tolerates a cut or damaged end, which torchvision's may not survive.
+    Image.open(io.BytesIO(raw), formats=("PNG",)).verify()
+    if PNG_END not in raw:
+        raise BadImageError("truncated")
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turn whatever Pillow raises into BadImageError: its decoders fail on foreign bytes in a dozen ways."""
+    try:
+        yield
+    except BadImageError:
+        raise
+    except UnidentifiedImageError:
+        raise BadImageError("not an image of a known kind") from None
+    except Exception as error:
+        raise BadImageError(f"does not decode: {error or type(error).__name__}") from error
+
+
+@contextmanager
+def _own_pixel_limit() -> Iterator[None]:
+    """Switch Pillow's own limit off, so that `Limits.max_pixels` is the only one."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # a broken EXIF block says nothing about the rotation; image viewers ignore it too
+        return 1
+
+
+def _is_plain(image: Image.Image, raw: bytes) -> bool:
+    """Whether Pillow and torchvision read the same RGB pixels from the file as it stands."""
+    if image.mode not in ("L", "RGB") or "transparency" in image.info:
+        return False
+    if image.format == "PNG":  # bit depth 8, colour type grey or RGB, not animated
+        return raw[24] == 8 and raw[25] in (0, 2) and not getattr(image, "is_animated", False)
+    if image.format == "WEBP":
+        return not getattr(image, "is_animated", False)
+    return image.format in ("JPEG", "MPO")
+
+
+def _is_lossy(image: Image.Image, raw: bytes) -> bool:
+    if image.format == "WEBP":
+        return b"VP8 " in raw  # the chunk of WebP's lossy codec
+    if image.format == "TIFF":
+        return image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")
+    return image.format in ("JPEG", "MPO")
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Any mode of Pillow's to RGB or L, transparent parts on white."""
+    if image.mode.startswith("I"):
+        return _from_16_bit(image)
+    if image.mode == "F":
+        raise BadImageError("floating-point pixels have no known range")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise BadImageError("32-bit pixels have no known range")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _shrink(image: Image.Image, resize: int | None) -> Image.Image:
+    short = min(image.size)
+    if resize is None or short <= resize:
+        return image
+    width, height = (max(1, round(side * resize / short)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _encode(image: Image.Image, lossy: bool) -> Encoded:
+    image.info = {}  # else Pillow would write the source's profile, transparency and EXIF again
+    buffer = io.BytesIO()
+    if lossy:
+        image.save(buffer, "JPEG", quality=95, subsampling=0)
+    else:
+        image.save(buffer, "PNG")
+    return Encoded(buffer.getvalue(), "jpg" if lossy else "png", image.height, image.width)

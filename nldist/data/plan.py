@@ -1,0 +1,311 @@
+"""Which sample goes into which batch on which rank, in which role.
+
+Pure functions of (seed, epoch, world, facts). A plan has no iterator state: resuming at step k is asking for
+step k. It keeps at most its rank's ids in memory.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from nldist.data.index import owned
+
+_SHUFFLED, _LABELLED, _UNLABELLED = 1, 2, 3
+
+
+class Part(NamedTuple):
+    """One role's samples in one step on one rank.
+
+    Attributes:
+        ids: int64 (b,), which samples.
+        draws: int64 (b,), id + N * repeat: names this occurrence of the sample within the epoch.
+    """
+
+    ids: np.ndarray
+    draws: np.ndarray
+
+
+class Plan(Protocol):
+    """The batches of one epoch on one rank. `num_steps` is the same on every rank."""
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps, the same on every rank."""
+
+    def step(self, k: int) -> dict[str, Part]:
+        """Role -> this rank's part of step `k`, for k in 0..num_steps-1."""
+
+
+def sweep(n: int, *, rank: int, size: int, batch_size: int, population: np.ndarray | None = None) -> Plan:
+    """Every id once, by its owner, in ascending order; role "all".
+
+    Args:
+        n: number of samples N of the data set.
+        rank: this rank.
+        size: number of ranks.
+        batch_size: samples per step and rank; the last parts may be short or empty.
+        population: sorted ids to look at; all N by default.
+    """
+    if population is None:
+        mine = _Ids.of(n, None, owned(n, rank, size))
+        most = max(len(owned(n, r, size)) for r in range(size))
+    else:
+        bounds = np.searchsorted(_sorted(population), [r * n // size for r in range(size + 1)])
+        mine = _Ids.of(n, population, range(int(bounds[rank]), int(bounds[rank + 1])))
+        most = int(np.diff(bounds).max())
+    return _Sweep(-(-most // batch_size), batch_size, mine)
+
+
+def shuffled(
+    n: int,
+    *,
+    rank: int,
+    size: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    window: int | None,
+    population: np.ndarray | None = None,
+) -> Plan:
+    """Every id of the population P once, shuffled; role "all"; ceil(|P| / (batch_size * size)) steps.
+
+    A rank's slice (by position in the population) is cut evenly into the steps: parts differ by at most one
+    sample and none is larger than `batch_size`, so no step has a tiny batch.
+
+    Args:
+        n: number of samples N of the data set.
+        rank: this rank.
+        size: number of ranks.
+        batch_size: most samples per step and rank.
+        seed: the run's seed.
+        epoch: the epoch's number; every epoch has another order.
+        window: records are shuffled within windows of this many neighbouring records, and the windows among
+            each other, so that reads stay local; None shuffles the rank's whole slice.
+        population: sorted ids to train on; all N by default.
+    """
+    total = n if population is None else len(_sorted(population))
+    ids = _Ids.of(n, population, owned(total, rank, size))
+    order = _Order(len(ids), window, (seed, epoch, _SHUFFLED, rank, 0))
+    return _Shuffled({"all": _Even(_ceil_div(total, batch_size * size), ids, order)})
+
+
+def divided(
+    n: int,
+    labelled: np.ndarray,
+    unlabelled: np.ndarray,
+    *,
+    rank: int,
+    size: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    window: int | None,
+) -> Plan:
+    """A labelled and an unlabelled part per step (algorithms 1.5; roles "labelled" and "unlabelled").
+
+    The labelled set X (sorted ids) is covered exactly once in ceil(|X| / (batch_size * size)) steps, as in
+    `shuffled`. The unlabelled set U (sorted ids) gives `batch_size` samples per step and begins again with a
+    new order when it is exhausted. A rank whose slice of U is empty uses all of U; an empty U gives empty
+    parts. The other arguments are those of `shuffled`.
+
+    Raises:
+        ValueError: X has fewer samples than there are ranks.
+    """
+    num_labelled, num_unlabelled = len(_sorted(labelled)), len(_sorted(unlabelled))
+    if num_labelled < size:
+        raise ValueError(f"{num_labelled} labelled samples cannot be divided among {size} ranks")
+    mine = _Ids.of(n, labelled, owned(num_labelled, rank, size))
+    order = _Order(len(mine), window, (seed, epoch, _LABELLED, rank, 0))
+    slice_ = owned(num_unlabelled, rank, size) or range(num_unlabelled)
+    rest = _Ids.of(n, unlabelled, slice_)
+    return _Shuffled(
+        {
+            "labelled": _Even(_ceil_div(num_labelled, batch_size * size), mine, order),
+            "unlabelled": _Cycled(n, batch_size, rest, window, (seed, epoch, _UNLABELLED, rank)),
+        }
+    )
+
+
+def balanced(labels: np.ndarray, n: int, *, seed: int, epoch: int, num_classes: int) -> np.ndarray:
+    """A class-balanced random subset of about `n` samples, the same for any world (algorithms 1.9).
+
+    Of each class the `n // num_classes` samples with the smallest hash(seed, epoch, id) are taken; a class
+    with fewer gives all it has.
+
+    Args:
+        labels: int (N,), the label of every id.
+        n: number of samples wanted in all.
+        seed: the run's seed.
+        epoch: the epoch's number.
+        num_classes: number of classes C.
+
+    Returns:
+        Sorted ids, int64.
+    """
+    order = np.lexsort((_hash(len(labels), seed, epoch), labels))
+    counts = np.bincount(labels, minlength=num_classes)
+    first = np.cumsum(counts) - counts
+    rank_in_class = np.arange(len(labels)) - np.repeat(first, counts)
+    return np.sort(order[rank_in_class < n // num_classes])
+
+
+@dataclass(frozen=True)
+class _Ids:
+    """A rank's ids: a range, or an array of its own (so that pickling never sends another rank's)."""
+
+    first: int
+    count: int
+    array: np.ndarray | None
+
+    @classmethod
+    def of(cls, n: int, population: np.ndarray | None, positions: range) -> "_Ids":
+        if population is None:
+            return cls(positions.start, len(positions), None)
+        dtype = np.int32 if n <= np.iinfo(np.int32).max else np.int64
+        return cls(0, len(positions), population[positions.start : positions.stop].astype(dtype))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def take(self, positions: np.ndarray) -> np.ndarray:
+        if self.array is None:
+            return positions + self.first
+        ids: np.ndarray = self.array[positions].astype(np.int64)
+        return ids
+
+
+class _Order:
+    """A window-shuffled order of `count` positions, computed window by window.
+
+    The windows' boundaries lie at another place each time, so that different records meet in a window.
+    """
+
+    def __init__(self, count: int, window: int | None, key: tuple[int, ...]) -> None:
+        self.count, self.window, self.key = count, min(window or count, count), key
+        self._layout: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._shuffled: tuple[int, np.ndarray] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_layout": None, "_shuffled": None}
+
+    def positions(self, begin: int, end: int) -> np.ndarray:
+        """Entries `begin` to `end` of the order, int64."""
+        if begin >= end:
+            return np.empty(0, np.int64)
+        _, _, ends = self._windows()
+        first, last = np.searchsorted(ends, [begin, end - 1], side="right")
+        pieces = []
+        for place in range(int(first), int(last) + 1):
+            start = int(ends[place - 1]) if place else 0
+            pieces.append(self._window(place)[max(begin - start, 0) : end - start])
+        return np.concatenate(pieces)
+
+    def _windows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the windows in their shuffled order: first position, size, and where each ends in the order."""
+        if self._layout is None:
+            rng = np.random.default_rng((*self.key, 0))
+            phase = int(rng.integers(self.window)) if self.window < self.count else 0
+            edges = np.arange(-phase, self.count + self.window, self.window).clip(0, self.count)
+            edges = edges[: np.searchsorted(edges, self.count) + 1]
+            order = rng.permutation(len(edges) - 1)
+            sizes = np.diff(edges)[order]
+            self._layout = edges[:-1][order], sizes, np.cumsum(sizes)
+        return self._layout
+
+    def _window(self, place: int) -> np.ndarray:
+        if self._shuffled is None or self._shuffled[0] != place:
+            starts, sizes, _ = self._windows()
+            rng = np.random.default_rng((*self.key, 1, place))
+            self._shuffled = place, rng.permutation(sizes[place]) + starts[place]
+        return self._shuffled[1]
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    num_steps: int
+    batch_size: int
+    ids: _Ids
+
+    def step(self, k: int) -> dict[str, Part]:
+        begin = min(k * self.batch_size, len(self.ids))
+        ids = self.ids.take(np.arange(begin, min(begin + self.batch_size, len(self.ids))))
+        return {"all": Part(ids, ids)}
+
+
+@dataclass(frozen=True)
+class _Even:
+    """A slice in a shuffled order, cut evenly into the steps."""
+
+    num_steps: int
+    ids: _Ids
+    order: _Order
+
+    def part(self, k: int) -> Part:
+        count = len(self.ids)
+        begin, end = count * k // self.num_steps, count * (k + 1) // self.num_steps
+        ids = self.ids.take(self.order.positions(begin, end))
+        return Part(ids, ids)
+
+
+@dataclass
+class _Cycled:
+    """A slice in shuffled order, again and again, `batch_size` samples at a time."""
+
+    n: int
+    batch_size: int
+    ids: _Ids
+    window: int | None
+    key: tuple[int, ...]
+    _pass: tuple[int, _Order] | None = field(default=None, repr=False)
+
+    def part(self, k: int) -> Part:
+        count = len(self.ids)
+        begin, end = (k * self.batch_size, (k + 1) * self.batch_size) if count else (0, 0)
+        ids, draws = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        while begin < end:
+            repeat, start = divmod(begin, count)
+            stop = min(start + end - begin, count)
+            ids.append(self.ids.take(self._order(repeat).positions(start, stop)))
+            draws.append(ids[-1] + self.n * repeat)
+            begin += stop - start
+        return Part(np.concatenate(ids), np.concatenate(draws))
+
+    def _order(self, repeat: int) -> _Order:
+        if self._pass is None or self._pass[0] != repeat:
+            self._pass = repeat, _Order(len(self.ids), self.window, (*self.key, repeat))
+        return self._pass[1]
+
+
+@dataclass(frozen=True)
+class _Shuffled:
+    """Roles side by side; the first one sets the number of steps."""
+
+    roles: dict[str, Any]
+
+    @property
+    def num_steps(self) -> int:
+        return int(next(iter(self.roles.values())).num_steps)
+
+    def step(self, k: int) -> dict[str, Part]:
+        return {role: parts.part(k) for role, parts in self.roles.items()}
+
+
+def _sorted(ids: np.ndarray) -> np.ndarray:
+    if len(ids) > 1 and not (np.diff(ids) > 0).all():
+        raise ValueError("ids must be sorted and distinct")
+    return ids
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _hash(n: int, seed: int, epoch: int) -> np.ndarray:
+    """Distinct keys of the ids 0..n-1, uint64 (n,): SplitMix64 from a seeded place of its sequence."""
+    base: np.uint64 = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0]
+    z: np.ndarray = base + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return z

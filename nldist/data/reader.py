@@ -1,0 +1,191 @@
+"""Images by id: positioned reads from the tars, decoding, and one padded batch of them."""
+
+import os
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2.functional import resize
+
+from nldist.data.cache import ShardCache, is_url
+from nldist.data.index import Index
+from nldist.errors import UserError
+
+OnBad = Literal["skip", "refuse"]
+
+
+@dataclass
+class Images:
+    """Decoded images of one part.
+
+    Attributes:
+        pixels: uint8 (b, H, W, 3) RGB, padded with zeros at the bottom and right.
+        sizes: int64 (b, 2), each image's height and width.
+        kept: int64 (b,), which of the wanted ids these are (positions); fewer than them where some were bad.
+        bad: what was wrong with the others, one text each.
+    """
+
+    pixels: Tensor
+    sizes: np.ndarray
+    kept: np.ndarray
+    bad: list[str]
+
+
+class Reader:
+    """Reads and decodes images of an index.
+
+    Args:
+        index: the split to read.
+        on_bad: what to do about a damaged record: "skip" leaves it out and reports it, "refuse" raises.
+        max_side: larger images are reduced until their longer side has this many pixels.
+        cache: where remote shards are copied; needed only if there are any.
+        num_open: at most this many shards are open at a time.
+    """
+
+    def __init__(
+        self, index: Index, on_bad: OnBad, max_side: int, cache: ShardCache | None = None, num_open: int = 64
+    ) -> None:
+        self.index, self.on_bad, self.max_side = index, on_bad, max_side
+        self._shards = _OpenShards(index, cache, num_open)
+
+    def read(self, ids: np.ndarray) -> Images:
+        """The images of `ids`, in this order.
+
+        Raises:
+            UserError: a shard is missing; or, with on_bad="refuse", a record is damaged.
+        """
+        records = self.index.records[ids]
+        sizes = self._sizes(records)
+        pixels = _allocate(len(ids), *(sizes.max(0) if len(ids) else (1, 1)))
+        reasons: dict[int, str] = {}
+        for place in np.lexsort((records["offset"], records["shard"])).tolist():
+            height, width = sizes[place].tolist()
+            try:
+                pixels[place, :height, :width] = self._image(records[place], height, width)
+            except _BadRecordError as error:
+                reasons[place] = self._describe(int(ids[place]), records[place], error)
+        if not reasons:
+            return Images(pixels, sizes, np.arange(len(ids)), [])
+        bad = [reasons[place] for place in sorted(reasons)]
+        if self.on_bad == "refuse":
+            raise UserError(f"{bad[0]}; repair it, or set data.on_bad=skip to leave such images out")
+        kept = np.setdiff1d(np.arange(len(ids)), list(reasons))
+        return Images(pixels[torch.from_numpy(kept)], sizes[kept], kept, bad)
+
+    def close(self) -> None:
+        """Close the open shards."""
+        self._shards.close()
+
+    def _sizes(self, records: np.ndarray) -> np.ndarray:
+        """Heights and widths after the reduction to `max_side`, int64 (b, 2)."""
+        sizes = np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
+        longest = sizes.max(axis=1, keepdims=True, initial=1)
+        reduced = np.maximum(np.rint(sizes * (self.max_side / longest)), 1).astype(np.int64)
+        return np.where(longest > self.max_side, reduced, sizes)
+
+    def _image(self, record: np.void, height: int, width: int) -> Tensor:
+        """One image, uint8 (height, width, 3)."""
+        data = self._shards.read(int(record["shard"]), int(record["offset"]), int(record["size"]))
+        try:
+            image = decode_image(
+                torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=True
+            )
+        except (RuntimeError, ValueError) as error:
+            if zlib.crc32(data) != record["crc32"]:
+                raise _BadRecordError("its bytes are not those that were indexed (CRC-32)") from error
+            raise _BadRecordError(f"cannot be decoded ({_one_line(error)})") from error
+        if image.shape[1:] != (record["height"], record["width"]):
+            found, indexed = tuple(image.shape[1:]), (int(record["height"]), int(record["width"]))
+            raise _BadRecordError(f"is {found} pixels (height, width), the index says {indexed}")
+        if image.shape[1:] != (height, width):
+            image = resize(image, [height, width], antialias=True)
+        pixels: Tensor = image.permute(1, 2, 0)
+        return pixels
+
+    def _describe(self, id_: int, record: np.void, reason: Exception) -> str:
+        key = self.index.keys([id_])[0]
+        shard = self.index.shards[record["shard"]]
+        return f"image {id_} ({key}) in {shard} at byte {record['offset']}: {reason}"
+
+
+class _BadRecordError(Exception):
+    """One record that cannot be used, and why."""
+
+
+class _OpenShards:
+    """Open files of the shards used last."""
+
+    def __init__(self, index: Index, cache: ShardCache | None, num_open: int) -> None:
+        self._index, self._cache, self._num_open = index, cache, num_open
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_files": OrderedDict()}
+
+    def read(self, shard: int, offset: int, size: int) -> bytearray:
+        data = bytearray(size)
+        view, done = memoryview(data), 0
+        file = self._file(shard)
+        while done < size:
+            try:
+                count = os.preadv(file, [view[done:]], offset + done)
+            except OSError as error:
+                raise _BadRecordError(f"cannot be read ({error.strerror})") from error
+            if count == 0:
+                raise _BadRecordError("its shard ends before it: the shard was cut short")
+            done += count
+        return data
+
+    def close(self) -> None:
+        while self._files:
+            self._close_oldest()
+
+    def _file(self, shard: int) -> int:
+        file = self._files.get(shard)
+        if file is None:
+            while len(self._files) >= self._num_open:
+                self._close_oldest()
+            file = self._open(shard)
+            self._files[shard] = file
+        self._files.move_to_end(shard)
+        return file
+
+    def _open(self, shard: int) -> int:
+        place = self._index.shards[shard]
+        if is_url(place):
+            if self._cache is None:
+                raise UserError(
+                    f"{place} is remote: set data.cache_dir to a directory for copies of such shards"
+                )
+            return self._cache.open(place, self._index.shard_digests[shard])
+        try:
+            return os.open(place, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"shard {place}: {error.strerror}") from error
+
+    def _close_oldest(self) -> None:
+        shard, file = self._files.popitem(last=False)
+        os.close(file)
+        place = self._index.shards[shard]
+        if self._cache is not None and is_url(place):
+            self._cache.closed(place)
+
+
+def _allocate(count: int, height: int, width: int) -> Tensor:
+    """A zeroed batch; in a worker process it lies in shared memory, so that it leaves without a copy."""
+    shape = torch.Size((count, int(height), int(width), 3))
+    if get_worker_info() is None or not count:
+        return torch.zeros(shape, dtype=torch.uint8)
+    # As torch's own collate function does.
+    storage = torch.UntypedStorage._new_shared(shape.numel(), device="cpu")  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,127 @@
+"""One pass over a tar from a file or a URL: members with their offsets, and a checksum of the whole."""
+
+import hashlib
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import IO, BinaryIO, cast
+
+from nldist.errors import UserError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+BUFFER = 2**20
+
+
+class DamagedTarError(Exception):
+    """A tar that cannot be read to its end; the message says how far and why."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A regular file in a tar; `offset` (bytes) is where its data begin."""
+
+    name: str
+    offset: int
+    size: int
+    stream: IO[bytes]
+
+    def read(self) -> bytes:
+        """The data; only while the reader stands at this member. Raises DamagedTarError."""
+        try:
+            return self.stream.read()
+        except (tarfile.TarError, OSError) as error:
+            raise DamagedTarError(f"damaged in {self.name}: {error}") from None
+
+    @property
+    def key(self) -> str:
+        """The name up to the first dot of its last part: WebDataset's key."""
+        folder, slash, base = self.name.rpartition("/")
+        return folder + slash + base.partition(".")[0]
+
+    @property
+    def extension(self) -> str:
+        """All after that dot, in lower case; empty if there is none."""
+        return self.name.rpartition("/")[2].partition(".")[2].lower()
+
+
+class TarReader:
+    """Iterates over the members; then `num_bytes` and `sha256` describe the file as a whole."""
+
+    def __init__(self, path: str) -> None:
+        self._file = _HashingFile(_open(path))
+
+    def __enter__(self) -> "TarReader":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
+
+    def __iter__(self) -> Iterator[Member]:
+        """Yield the regular files in order.
+
+        Raises:
+            DamagedTarError: it is no tar (or a compressed one), is cut short, or has a broken header.
+        """
+        end = 0
+        try:
+            with tarfile.open(fileobj=cast(IO[bytes], self._file), mode="r|", bufsize=BUFFER) as tar:
+                for info in tar:
+                    if info.isreg():
+                        stream = tar.extractfile(info)
+                        assert stream is not None
+                        yield Member(info.name, info.offset_data, info.size, stream)
+                    tar.members = []  # type: ignore[attr-defined]
+                end = tar.offset
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise DamagedTarError(f"no uncompressed tar, or a damaged one: {error}") from None
+        self._file.drain()
+        if self._file.end_of_content > end:  # tarfile takes a broken header for the end of the archive
+            raise DamagedTarError(f"no valid header at byte {end:,} of {self.num_bytes:,}")
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file, once iterated over."""
+        self._file.drain()
+        return self._file.num_bytes
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the file (hexadecimal), once iterated over."""
+        self._file.drain()
+        return self._file.digest.hexdigest()
+
+
+class _HashingFile:
+    """Counts and hashes what is read, and remembers where the last byte that is not zero ended."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.num_bytes = self.end_of_content = 0
+        self.digest = hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self.digest.update(data)
+        content = len(data.rstrip(b"\0"))
+        if content:
+            self.end_of_content = self.num_bytes + content
+        self.num_bytes += len(data)
+        return data
+
+    def drain(self) -> None:
+        while self.read(BUFFER):
+            pass
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _open(path: str) -> BinaryIO:
+    if "://" not in path:
+        return open(path, "rb")
+    if path.startswith("pipe:"):
+        raise UserError(f"{path}: a command is no data; give a file or a URL")
+    from webdataset.gopen import gopen  # imports torch, which local files can do without
+
+    return cast(BinaryIO, gopen(path, bufsize=BUFFER))

@@ -1,0 +1,248 @@
+"""Check a data set on disk against everything that its format promises."""
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from nldist.data.build import RECORD, Record
+from nldist.data.images import BadImageError, Limits, decoded_size
+from nldist.data.manifest import read_dataset
+from nldist.data.parallel import run_jobs
+from nldist.data.tars import IMAGE_EXTENSIONS, DamagedTarError, Member, TarReader
+
+INDEX_SCHEMA = {"id": pa.int64(), "shard": pa.int32(), **{field.name: field.type for field in RECORD}}
+LABEL_SCHEMA = {"id": pa.int64(), "label": pa.int32()}
+SHARD_FIELDS = {"path": str, "num_samples": int, "num_bytes": int, "sha256": str}
+NO_LIMITS = Limits(max_pixels=2**62, max_bytes=2**62)  # sharding has let these images in
+
+
+class Problem(NamedTuple):
+    """One thing that is off: where (split, then file or shard), which sample if it is one, and what."""
+
+    place: str
+    sample: int | None
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: " + ("" if self.sample is None else f"id {self.sample}: ") + self.what
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was looked at, and what is off."""
+
+    num_samples: int
+    num_shards: int
+    problems: list[Problem]
+
+
+class ShardJob(NamedTuple):
+    """One shard as dataset.json has it, and its rows of the index."""
+
+    place: str
+    path: str
+    is_ours: bool
+    num_bytes: int
+    sha256: str
+    rows: pa.Table
+
+
+def verify(root: Path, num_workers: int = 0) -> Report:
+    """Check every split of a data set: files, checksums, index, images, labels, label sets.
+
+    Raises:
+        UserError: `root` is not a data set at all.
+    """
+    dataset = read_dataset(root)
+    problems = [Problem("dataset.json", None, what) for what in _dataset_problems(dataset)]
+    if problems:
+        return Report(0, 0, problems)
+    num_samples = num_shards = 0
+    for split, entry in dataset["splits"].items():
+        found = list(_split_problems(root, split, entry, len(dataset["classes"]), num_workers))
+        problems += sorted(found, key=lambda problem: (problem.place, problem.sample or 0))
+        num_samples += entry["num_samples"]
+        num_shards += len(entry["shards"])
+    return Report(num_samples, num_shards, problems)
+
+
+def _dataset_problems(dataset: dict[str, Any]) -> Iterator[str]:
+    classes, splits = dataset.get("classes"), dataset.get("splits")
+    if not isinstance(dataset.get("name"), str):
+        yield "'name' is no text"
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        yield "'classes' is no list of names"
+    elif len(set(classes)) < len(classes):
+        yield "'classes' has a name twice"
+    if not isinstance(splits, dict) or not splits:
+        yield "'splits' is empty or no object"
+        return
+    for name, entry in splits.items():
+        yield from _entry_problems(name, entry)
+
+
+def _entry_problems(name: str, entry: Any) -> Iterator[str]:
+    try:
+        fits = all(type(shard[field]) is kind for shard in entry["shards"] for field, kind in SHARD_FIELDS.items())
+        total = sum(shard["num_samples"] for shard in entry["shards"])
+        stated = entry["num_samples"]
+    except (KeyError, TypeError) as error:
+        yield f"split '{name}' is malformed: {error!r}"
+        return
+    if not fits:
+        yield f"split '{name}' has a shard with a field of the wrong type"
+    elif total != stated:
+        yield f"split '{name}' states {stated} samples, its shards {total}"
+
+
+def _split_problems(
+    root: Path, split: str, entry: dict[str, Any], num_classes: int, num_workers: int
+) -> Iterator[Problem]:
+    place = f"{split}/index.parquet"
+    table = _read(root / split / "index.parquet", INDEX_SCHEMA)
+    if isinstance(table, str):
+        yield Problem(place, None, table)
+        return
+    for what in _index_problems(table, entry):
+        yield Problem(place, None, what)
+    yield from _labels_problems(place, table, num_classes)
+    for path in sorted((root / split / "labels").glob("*.parquet")):
+        yield from _label_set_problems(f"{split}/labels/{path.name}", path, entry["num_samples"], num_classes)
+    with tqdm(total=table.num_rows, unit=" images", desc=split, mininterval=1.0) as bar:
+        for num_images, problems in run_jobs(_shard_problems, _jobs(root, split, entry, table), num_workers):
+            bar.update(num_images)
+            yield from problems
+
+
+def _jobs(root: Path, split: str, entry: dict[str, Any], table: pa.Table) -> Iterator[ShardJob]:
+    shard_of_row = table["shard"].to_numpy()
+    for number, shard in enumerate(entry["shards"]):
+        path, ours = shard["path"], Path(shard["path"]).parent == Path(split)
+        rows = table.take(np.flatnonzero(shard_of_row == number))
+        where = path if "://" in path else str(root / path)
+        yield ShardJob(f"{split}: {path}", where, ours, shard["num_bytes"], shard["sha256"], rows)
+
+
+def _read(path: Path, schema: dict[str, pa.DataType]) -> pa.Table | str:
+    """The columns of `schema`, or what is wrong with the file."""
+    try:
+        table = pq.read_table(path, columns=list(schema))
+    except FileNotFoundError:
+        return "is missing"
+    except (OSError, pa.ArrowException) as error:
+        return f"cannot be read: {error}"
+    for name, kind in schema.items():
+        if name not in table.column_names:
+            return f"has no column '{name}'"
+        if table[name].type != kind or table[name].null_count:
+            return f"column '{name}' must be {kind} without nulls"
+    return table
+
+
+def _index_problems(table: pa.Table, entry: dict[str, Any]) -> Iterator[str]:
+    if table.num_rows != entry["num_samples"]:
+        yield f"has {table.num_rows} rows, dataset.json states {entry['num_samples']} samples"
+    if not np.array_equal(table["id"].to_numpy(), np.arange(table.num_rows)):
+        yield "ids are not 0, 1, 2, ... in order"
+    if pc.count_distinct(table["key"]).as_py() < table.num_rows:
+        yield "a key occurs twice"
+    shards = table["shard"].to_numpy()
+    if len(shards) and (shards.min() < 0 or shards.max() >= len(entry["shards"]) or (np.diff(shards) < 0).any()):
+        yield "shard numbers are out of range or not ascending"
+        return
+    counts = np.bincount(shards, minlength=len(entry["shards"]))
+    for number, shard in enumerate(entry["shards"]):
+        if counts[number] != shard["num_samples"]:
+            yield f"has {counts[number]} rows of {shard['path']}, dataset.json states {shard['num_samples']}"
+
+
+def _labels_problems(place: str, table: pa.Table, num_classes: int) -> Iterator[Problem]:
+    labels = table["label"].to_numpy()
+    for row in np.flatnonzero((labels < 0) | (labels >= num_classes)):
+        what = f"label {labels[row]} is not among the {num_classes} classes"
+        yield Problem(place, int(table["id"][int(row)].as_py()), what)
+
+
+def _label_set_problems(place: str, path: Path, num_samples: int, num_classes: int) -> Iterator[Problem]:
+    table = _read(path, LABEL_SCHEMA)
+    if isinstance(table, str):
+        yield Problem(place, None, table)
+        return
+    if table.num_rows != num_samples:
+        yield Problem(place, None, f"has {table.num_rows} labels for {num_samples} samples")
+    elif not np.array_equal(table["id"].to_numpy(), np.arange(num_samples)):
+        yield Problem(place, None, "ids are not 0, 1, 2, ... in order")
+    yield from _labels_problems(place, table, num_classes)
+
+
+def _shard_problems(job: ShardJob) -> tuple[int, list[Problem]]:
+    """Read one shard from end to end; the number of its samples, and its problems."""
+    rows = {row["offset"]: row for row in job.rows.to_pylist()}
+    problems = []
+    if len(rows) < job.rows.num_rows:
+        problems.append(Problem(job.place, None, "the index has an offset twice"))
+    try:
+        with TarReader(job.path) as tar:
+            problems += _members_problems(job, tar, rows)
+            if tar.num_bytes != job.num_bytes:
+                what = f"has {tar.num_bytes:,} bytes, dataset.json states {job.num_bytes:,}"
+                problems.append(Problem(job.place, None, what))
+            elif tar.sha256 != job.sha256:
+                problems.append(Problem(job.place, None, "SHA-256 differs from dataset.json: some byte has changed"))
+    except OSError as error:
+        problems.append(Problem(job.place, None, f"cannot be opened: {error.strerror or error}"))
+        return job.rows.num_rows, problems
+    problems += [Problem(job.place, row["id"], "no member begins at its offset") for row in rows.values()]
+    return job.rows.num_rows, problems
+
+
+def _members_problems(job: ShardJob, tar: TarReader, rows: dict[int, dict[str, Any]]) -> list[Problem]:
+    """Check the members that the index points at, removing from `rows` those that were found."""
+    problems: list[Problem] = []
+    labels: dict[str, int] = {}  # label in the index by the key in the tar, until its .cls comes by
+    ids: dict[str, int] = {}
+    try:
+        for member in tar:
+            row = rows.pop(member.offset, None)
+            if row is not None:
+                labels[member.key], ids[member.key] = row["label"], row["id"]
+                problems += [Problem(job.place, row["id"], what) for what in _image_problems(member, row)]
+            elif member.extension == "cls" and member.key in labels:
+                text, label = member.read(), labels.pop(member.key)
+                if text.strip() != b"%d" % label:
+                    what = f"the index has label {label}, the tar {text[:20]!r}"
+                    problems.append(Problem(job.place, ids[member.key], what))
+    except DamagedTarError as error:
+        problems.append(Problem(job.place, None, str(error)))
+    if job.is_ours:
+        problems += [Problem(job.place, ids[key], "has no label (.cls) in the tar") for key in labels]
+    return problems
+
+
+def _image_problems(member: Member, row: dict[str, Any]) -> Iterator[str]:
+    record = Record(**{name: row[name] for name in Record._fields})
+    if member.extension not in IMAGE_EXTENSIONS:
+        yield f"its offset is that of {member.name}, which is no image"
+        return
+    if member.key != record.key and not record.key.endswith("/" + member.key):
+        yield f"the index has key {record.key}, the tar {member.key}"
+    if member.size != record.size:
+        yield f"the index has size {record.size}, the tar {member.size}"
+    data = member.read()
+    if zlib.crc32(data) != record.crc32:
+        yield "the image's bytes have changed (CRC-32)"
+    try:
+        height, width = decoded_size(data, NO_LIMITS)
+    except BadImageError as error:
+        yield f"the image is bad: {error}"
+        return
+    if (height, width) != (record.height, record.width):
+        yield f"the index has {record.height} x {record.width} pixels, the image {height} x {width}"

@@ -1,0 +1,216 @@
+"""Raw images to WebDataset shards: parallel, restartable, the same bytes whatever the number of workers."""
+
+import hashlib
+import io
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import IO, BinaryIO, NamedTuple, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from nldist.data.build import Build, Record, Rejected, ShardFacts, Summary
+from nldist.data.images import BadImageError, Encoded, Limits, normalise
+from nldist.data.manifest import replacing
+from nldist.data.parallel import run_jobs
+from nldist.data.sources.base import Listing, Source
+from nldist.errors import UserError
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How shards are written.
+
+    `shard_size` images go into a shard (fewer if some are refused), in a random order given by `seed`.
+    Images with a short side above `resize` pixels are shrunk to it. `num_workers` processes, 0 for none. Bad
+    images are left out with `on_bad` "skip"; with "refuse" they end the run. `name` is the data set's.
+    """
+
+    shard_size: int = 2000
+    seed: int = 0
+    resize: int | None = None
+    limits: Limits = field(default_factory=Limits)
+    on_bad: str = "refuse"
+    num_workers: int = 0
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 1 or self.num_workers < 0 or (self.resize is not None and self.resize < 1):
+            raise UserError("shard size and resize must be at least 1, workers at least 0")
+
+
+class ShardJob(NamedTuple):
+    """The rows (path, key, label) that go into shard `number`, in order."""
+
+    number: int
+    rows: pa.Table
+
+
+def write_split(source: Source, root: Path, split: str, options: WriteOptions) -> Summary:
+    """Write the images of `source` as ROOT/SPLIT, or go on where an earlier run was stopped.
+
+    Raises:
+        UserError: bad images under "refuse", other input than the earlier run's, or other trouble that
+            the user can put right. Finished shards are kept.
+    """
+    build = Build(root, split)
+    listing = source.listing()
+    table = _with_keys(_sorted(listing))
+    if not build.begin(_plan(source, table, listing.classes, options), listing.classes):
+        return build.complete_summary()
+    order = np.random.default_rng(options.seed).permutation(table.num_rows)
+    num_shards = -(-table.num_rows // options.shard_size)
+    todo = [number for number in range(num_shards) if not build.is_settled(number, options.on_bad)]
+
+    def jobs() -> Iterator[ShardJob]:
+        for number in todo:
+            rows = order[number * options.shard_size : (number + 1) * options.shard_size]
+            yield ShardJob(number, table.take(rows))
+
+    work = partial(write_shard, source, build, options.limits, options.resize)
+    num_left = sum(min(options.shard_size, table.num_rows - number * options.shard_size) for number in todo)
+    with tqdm(
+        total=table.num_rows, initial=table.num_rows - num_left, unit=" images", desc=split, mininterval=1.0
+    ) as bar:
+        for num_images in run_jobs(work, jobs(), options.num_workers):
+            bar.update(num_images)
+    return build.finish(num_shards, listing.classes, options.name, options.on_bad)
+
+
+def write_shard(source: Source, build: Build, limits: Limits, resize: int | None, job: ShardJob) -> int:
+    """Write one shard and its sidecar, and return the number of images looked at."""
+    records, rejected = [], []
+    path = build.shard_path(job.number)
+    with replacing(path) as aside, aside.open("wb") as file:
+        shard = ShardWriter(file)
+        for row in zip(*(column.to_pylist() for column in job.rows.columns), strict=True):
+            raw_path, key, label = row
+            try:
+                image = normalise(source.read(raw_path, limits.max_bytes), limits, resize)
+            except (BadImageError, OSError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
+                rejected.append(Rejected(_readable(raw_path), reason))
+            else:
+                records.append(shard.add(key, image, label))
+        num_bytes, sha256 = shard.close()
+    name = str(path.relative_to(build.root))
+    build.save_shard(job.number, records, ShardFacts(name, len(records), num_bytes, sha256, rejected))
+    return len(job.rows)
+
+
+class ShardWriter:
+    """A WebDataset tar whose bytes depend on nothing but the samples."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = _HashingFile(file)
+        self._tar = tarfile.TarFile(fileobj=cast(IO[bytes], self._file), mode="w", format=tarfile.PAX_FORMAT)
+
+    def add(self, key: str, image: Encoded, label: int) -> Record:
+        """Append KEY.EXTENSION and KEY.cls."""
+        offset = self._append(f"{key}.{image.extension}", image.data)
+        self._append(f"{key}.cls", b"%d" % label)
+        return Record(key, offset, len(image.data), label, zlib.crc32(image.data), image.height, image.width)
+
+    def close(self) -> tuple[int, str]:
+        """End the archive and return its number of bytes and SHA-256."""
+        self._tar.close()
+        return self._file.num_bytes, self._file.digest.hexdigest()
+
+    def _append(self, name: str, data: bytes) -> int:
+        member = tarfile.TarInfo(name)  # time, owner and group are 0 or empty by default
+        member.size = len(data)
+        self._tar.addfile(member, io.BytesIO(data))
+        self._tar.members = []  # type: ignore[attr-defined]
+        end: int = self._tar.offset
+        return end - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+class _HashingFile:
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.num_bytes = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.num_bytes += len(data)
+        self._file.write(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.num_bytes
+
+
+def _sorted(listing: Listing) -> pa.Table:
+    table, num_classes = listing.table, len(listing.classes)
+    if table.num_rows == 0:
+        raise UserError("the source lists no images")
+    if len(set(listing.classes)) < num_classes:
+        raise UserError("two classes have the same name")
+    lowest, highest = pc.min_max(table["label"]).as_py().values()
+    if lowest < 0 or highest >= num_classes:
+        raise UserError(f"labels run from {lowest} to {highest}, but there are {num_classes} classes (from 0)")
+    order = pc.sort_indices(table, sort_keys=[("path", "ascending"), ("label", "ascending")])
+    return table.take(order).combine_chunks()
+
+
+def _with_keys(table: pa.Table) -> pa.Table:
+    """Insert the column key between path and label.
+
+    A key is the path without its extension, and with dots replaced, because WebDataset splits a name at the
+    first dot. Where several images would share a key, all but the first get a number. WebDataset also skips
+    names that begin with "__", so such a key gets a letter in front.
+    """
+    keys = _text(table["path"].combine_chunks())
+    keys = pc.replace_substring_regex(pc.ascii_ltrim(keys, "/"), r"([^/])\.[^./]*$", r"\1")
+    keys = pc.replace_substring_regex(pc.replace_substring(keys, ".", "_"), "^__", "k__")
+    return table.select(["path"]).append_column("key", _distinct(keys)).append_column("label", table["label"])
+
+
+def _text(paths: pa.Array) -> pa.Array:
+    try:
+        return paths.cast(pa.large_string())
+    except pa.ArrowInvalid:  # some name is not UTF-8
+        return pa.array([_readable(path) for path in paths.to_pylist()], pa.large_string())
+
+
+def _readable(path: bytes) -> str:
+    return path.decode("utf-8", "backslashreplace")
+
+
+def _distinct(keys: pa.Array) -> pa.Array:
+    if pc.count_distinct(keys).as_py() == len(keys):
+        return keys
+    names = keys.to_pylist()
+    taken, seen = set(names), set()
+    for position, name in enumerate(names):
+        number = 1
+        while name in seen or (number > 1 and name in taken):
+            number += 1
+            name = f"{names[position]}-{number}"
+        seen.add(name)
+        names[position] = name
+    return pa.array(names, pa.large_string())
+
+
+def _plan(source: Source, table: pa.Table, classes: list[str], options: WriteOptions) -> dict[str, object]:
+    """What the shards' bytes depend on: not where the raw images lie, nor what is done with bad ones."""
+    digest = hashlib.sha256("\n".join(classes).encode())
+    for batch in table.to_batches(max_chunksize=100_000):
+        digest.update(b"\0".join(batch["path"].to_pylist()))
+        digest.update(np.ascontiguousarray(batch["label"].to_numpy()).astype("<i4").tobytes())
+    return {
+        "source": source.kind,
+        "num_images": table.num_rows,
+        "listing": digest.hexdigest(),
+        "shard_size": options.shard_size,
+        "seed": options.seed,
+        "resize": options.resize,
+        **asdict(options.limits),
+    }

@@ -1,0 +1,1 @@
+"""Ranks, engines, per-sample tables and checkpoints."""

@@ -1,0 +1,170 @@
+"""One trained network: its forward, backward and step, over all ranks."""
+
+import contextlib
+import math
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from nldist.config import Config, OptimSection
+from nldist.dist.world import World
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def learning_rate(optim: OptimSection, epoch: float, num_epochs: int) -> float:
+    """The learning rate at a (fractional) epoch of a phase of `num_epochs` epochs."""
+    rate = optim.lr
+    if optim.schedule == "cosine":
+        rate = optim.min_lr + (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * epoch / num_epochs)) / 2
+    else:
+        rate *= optim.gamma ** sum(epoch >= milestone for milestone in optim.milestones)
+    return rate * min(1.0, epoch / optim.warmup_epochs) if optim.warmup_epochs else rate
+
+
+class Engine:
+    """A network under DistributedDataParallel with its SGD optimiser.
+
+    Batch-norm buffers are rank-local while a pass runs and averaged over the ranks by `finish_pass`:
+    broadcasting them at each forward would overwrite them between the several forwards of one step.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, world: World) -> None:
+        self._world, self._optim, self._autocast = world, config.optim, config.train.autocast == "bf16"
+        self._format = torch.channels_last if config.model.channels_last else torch.contiguous_format
+        self.model = model.to(world.device, memory_format=self._format)  # type: ignore[call-overload]
+        self.averaged = None
+        if config.train.ema_decay:
+            average = get_ema_multi_avg_fn(config.train.ema_decay)  # type: ignore[no-untyped-call]
+            self.averaged = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        if config.model.compile:
+            self.model.compile()
+        self._ddp: nn.Module = self._wrap() if world.size > 1 else self.model
+        self._sgd = torch.optim.SGD(
+            self.model.parameters(),
+            lr=config.optim.lr,
+            momentum=config.optim.momentum,
+            weight_decay=config.optim.weight_decay,
+            nesterov=config.optim.nesterov,
+        )
+        self._step, self._num_steps = 0, 0
+
+    def _wrap(self) -> nn.Module:
+        on_gpu = self._world.device.type == "cuda"
+        return DistributedDataParallel(
+            self.model,
+            device_ids=[self._world.device] if on_gpu else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            # Without this DDP regroups its buckets after the first step of a process, and a resumed CPU run
+            # would sum three or more ranks' gradients in another order: no longer bit-identical.
+            find_unused_parameters=not on_gpu,
+        )
+
+    def start_pass(self, num_steps: int, start_step: int) -> None:
+        """Train mode; the next `forward` and `step` belong to step `start_step` of `num_steps`."""
+        self.model.train()
+        self._step, self._num_steps = start_step, num_steps
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether no accumulated gradient is pending."""
+        return self._step % self._optim.accumulate == 0 or self._step == self._num_steps
+
+    def _group(self) -> tuple[int, bool]:
+        """Batches in the current accumulation group, and whether this is its last."""
+        first = self._step - self._step % self._optim.accumulate
+        stop = min(first + self._optim.accumulate, self._num_steps)
+        return stop - first, self._step + 1 == stop
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (b, C), float32, with gradient, for the one backward of this step."""
+        _, last = self._group()
+        sync: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if isinstance(self._ddp, DistributedDataParallel) and not last:
+            sync = self._ddp.no_sync()
+        with sync, self._precision():
+            logits: Tensor = self._ddp(images.contiguous(memory_format=self._format))
+        return logits.float()
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
+        """Logits (b, C), float32, of this network (or of `model`, such as a peer) in its present mode, no gradient."""
+        with self._precision():
+            logits: Tensor = (self.model if model is None else model)(images.contiguous(memory_format=self._format))
+        return logits.float()
+
+    def evaluate(self, images: Tensor) -> Tensor:
+        """Logits (b, C), float32, of the averaged weights where they are kept, in eval mode, no gradient."""
+        return self.predict(images, self.evaluated.eval())
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that `evaluate` uses."""
+        return self.averaged.module if self.averaged else self.model
+
+    def step(self, loss: Tensor, rate: float) -> None:
+        """Backward from `loss`; at the end of an accumulation group also one optimiser step at this learning rate."""
+        size, last = self._group()
+        (loss / size).backward()  # type: ignore[no-untyped-call]
+        self._step += 1
+        if not last:
+            return
+        if self._optim.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self._optim.clip_norm)
+        for group in self._sgd.param_groups:
+            group["lr"] = rate
+        self._sgd.step()
+        self._sgd.zero_grad()
+        if self.averaged:
+            self.averaged.update_parameters(self.model)
+
+    def finish_pass(self) -> None:
+        """Average the batch-norm statistics over the ranks. A collective."""
+        for module in filter(None, (self.model, self.averaged)):
+            average_buffers(module, self._world)
+
+    def _precision(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self._world.device.type, torch.bfloat16, enabled=self._autocast)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, averaged weights and optimiser, the same on every rank (buffers: those of this rank)."""
+        state = {"model": self.model.state_dict(), "optimizer": self._sgd.state_dict()}
+        return state | ({"averaged": self.averaged.state_dict()} if self.averaged else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` gave."""
+        self.model.load_state_dict(state["model"])
+        self._sgd.load_state_dict(state["optimizer"])
+        if self.averaged:
+            self.averaged.load_state_dict(state["averaged"])
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        """The batch-norm buffers, which differ between ranks within a pass."""
+        return {name: dict(module.named_buffers()) for name, module in self._buffer_owners() if module is not None}
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `rank_state_dict` gave on the same rank."""
+        with torch.no_grad():
+            for name, module in self._buffer_owners():
+                for key, buffer in module.named_buffers() if module is not None else ():
+                    buffer.copy_(state[name][key])
+
+    def _buffer_owners(self) -> list[tuple[str, nn.Module | None]]:
+        return [("model", self.model), ("averaged", self.averaged)]
+
+
+def average_buffers(model: nn.Module, world: World) -> None:
+    """Set every floating-point buffer to its mean over the ranks. A collective: one all-reduce."""
+    buffers = [b for b in model.buffers() if b.is_floating_point()]
+    if world.size == 1 or not buffers:
+        return
+    flat = torch.cat([b.flatten() for b in buffers])
+    dist.all_reduce(flat)
+    flat /= world.size
+    for buffer, mean in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))

@@ -1,0 +1,184 @@
+"""The process group as one object: rank facts, the few collectives that nldist needs, and the stop flag."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import FrameType
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nldist.errors import UserError
+
+T = TypeVar("T")
+
+_OPERATIONS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+_FAILURE_KEY = "nldist/failure"
+
+
+@dataclass
+class World:
+    """This process's place among the ranks of a run.
+
+    Collectives work on CPU tensors (gloo) and, where there are GPUs, on CUDA tensors (nccl). With one rank
+    they are identities and no process group exists.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    _stop: bool = field(default=False, repr=False)
+
+    @classmethod
+    def single(cls) -> "World":
+        """A world of one rank on the CPU."""
+        return cls(0, 1, 0, torch.device("cpu"))
+
+    @classmethod
+    @contextlib.contextmanager
+    def start(
+        cls, *, num_threads: int | None = None, timeout_seconds: float = 1800, device: str = "auto"
+    ) -> Iterator["World"]:
+        """Join the process group that torchrun's environment describes, or be a world of one without it.
+
+        Args:
+            num_threads: threads of torch on this rank; by default the cores of the node shared among its ranks.
+            timeout_seconds: after this long in one collective the run fails instead of waiting on.
+            device: "auto" (the local rank's GPU where there is one), "cpu" or "cuda".
+
+        An exception inside the block is printed with the rank's number and ends the process with code 1, so
+        that the other ranks' collectives fail too; they then name the rank that failed first.
+        """
+        world = cls._from_environment(device)
+        torch.set_num_threads(num_threads or _default_threads())
+        if world.size > 1:
+            _init_process_group(world, timeout_seconds)
+        try:
+            yield world
+            if world.size > 1:
+                dist.barrier()
+        except (Exception, KeyboardInterrupt) as error:
+            if world.size == 1:
+                raise
+            world._fail(error)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    @classmethod
+    def _from_environment(cls, device: str) -> "World":
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("dist.device=cuda, but torch finds no GPU here; use dist.device=cpu or auto")
+        if device != "cpu" and torch.cuda.is_available():
+            num_gpus = torch.cuda.device_count()
+            if local_rank >= num_gpus:
+                raise UserError(f"local rank {local_rank} has no GPU of its own: this node has {num_gpus}")
+            torch.cuda.set_device(local_rank)
+            return cls(rank, size, local_rank, torch.device("cuda", local_rank))
+        return cls(rank, size, local_rank, torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and logs."""
+        return self.rank == 0
+
+    def all_reduce(self, tensor: Tensor, op: Literal["sum", "min", "max"] = "sum") -> Tensor:
+        """Reduce `tensor` over the ranks in place and return it."""
+        if self.size > 1:
+            dist.all_reduce(tensor, _OPERATIONS[op])
+        return tensor
+
+    def all_gather(self, array: np.ndarray) -> np.ndarray:
+        """Concatenate every rank's `array` of shape (n_r, ...) along the first axis, in rank order."""
+        if self.size == 1:
+            return array
+        lengths = np.zeros(self.size, np.int64)
+        lengths[self.rank] = len(array)
+        lengths = self.all_reduce(torch.from_numpy(lengths)).numpy()
+        row_bytes = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
+        mine = torch.zeros(int(lengths.max()) * row_bytes, dtype=torch.uint8)
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        mine[: flat.size] = torch.from_numpy(flat)
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyone, mine)
+        parts = [t.numpy()[: n * row_bytes] for t, n in zip(everyone, lengths, strict=True)]
+        return np.concatenate(parts).view(array.dtype).reshape(-1, *array.shape[1:])
+
+    def broadcast_object(self, value: T) -> T:
+        """Rank 0's `value` on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def request_stop_on(self, *signals: signal.Signals) -> None:
+        """From now on these signals only set this rank's stop flag (see `should_stop`); a second Ctrl-C interrupts."""
+
+        def request(number: int, _frame: FrameType | None) -> None:
+            if self._stop and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._stop = True
+
+        for number in signals:
+            signal.signal(number, request)
+
+    def should_stop(self) -> bool:
+        """Whether any rank was asked to stop. A collective: every rank calls it at the same step's edge."""
+        return bool(self.all_reduce(torch.tensor(int(self._stop)), "max").item())
+
+    def _fail(self, error: BaseException) -> None:
+        """Report `error` as this rank's, or name the rank whose failure caused it, and end the process."""
+        first = _first_failure(f"rank {self.rank} on {socket.gethostname()}: {_one_line(error)}")
+        told = first is not None and first.endswith(_one_line(error))
+        if first is not None and isinstance(error, RuntimeError):
+            print(f"rank {self.rank} stops because of {first}", file=sys.stderr, flush=True)
+        elif isinstance(error, UserError):
+            if not told:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            text = "".join(traceback.format_exception(error))
+            print(f"rank {self.rank} of {self.size} failed:\n{text}", file=sys.stderr, flush=True)
+        # Not sys.exit: worker processes and a half-broken process group could keep the interpreter alive.
+        os._exit(2 if isinstance(error, UserError) else 1)
+
+
+def _init_process_group(world: World, timeout_seconds: float) -> None:
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+
+
+def _default_threads() -> int:
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
+def _first_failure(mine: str) -> str | None:
+    """Publish this rank's failure; return another rank's where one was published before."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        first = store.compare_set(_FAILURE_KEY, "", mine).decode()
+    except Exception:  # the store died with its rank: nothing is known, so report our own error in full
+        return None
+    return None if first == mine else first

@@ -1,0 +1,108 @@
+"""What a run would do, without training: data, steps, memory, state per sample."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from nldist.config import Config
+from nldist.data.index import Index
+from nldist.data.plan import sweep
+from nldist.data.stream import Batch, Stream
+from nldist.dist.world import World
+from nldist.methods import build_method
+from nldist.methods.base import Context, Method
+from nldist.train import build_context
+
+_PROBE = 4  # images in the forward and backward pass that measures activations
+
+
+def dry_run(config: Config, world_size: int) -> Iterator[str]:
+    """Check the data and the settings; yield the report's lines.
+
+    Raises:
+        UserError: whatever a run with this configuration would refuse.
+    """
+    world = World.single()
+    context = build_context(config, world)
+    yield from _data_lines(context)
+    method = build_method(context)
+    yield from _phase_lines(context, method, world_size)
+    yield from _memory_lines(context, method, world_size)
+
+
+def _data_lines(context: Context) -> Iterator[str]:
+    config, train, test = context.config, context.train, context.evaluation
+    yield f"data set    {train.name} at {config.data.root}: {train.num_classes} classes"
+    labels = config.data.label_set or "as given"
+    yield f"train       {len(train):,} samples in {len(train.shards)} shards; labels: {labels}"
+    yield f"evaluation  {len(test):,} samples in {len(test.shards)} shards (split {test.split})"
+    if context.clean is not None:
+        wrong = float((context.clean != context.labels).mean())
+        yield f"noise       {wrong:.1%} of the labels differ from label set {config.data.clean_label_set}"
+    for index in (train, test):
+        sizes = {tuple(size) for size in _probe(config, index).sizes.tolist()}
+        yield f"decoded     the first images of {index.split}: {', '.join(f'{h}x{w}' for h, w in sorted(sizes))} pixels"
+
+
+def _probe(config: Config, index: Index) -> Batch:
+    """The first images of a split, read and decoded as in training."""
+    plan = sweep(min(_PROBE, len(index)), rank=0, size=1, batch_size=_PROBE)
+    stream = Stream(index, None, plan, on_bad="refuse", max_side=config.data.max_side)
+    return next(iter(stream))["all"]
+
+
+def _phase_lines(context: Context, method: Method, world_size: int) -> Iterator[str]:
+    epoch = 0
+    for phase in method.phases():
+        if not phase.num_epochs:
+            continue
+        yield f"phase       {phase.name}: {phase.num_epochs} epochs on {world_size} rank(s), each of"
+        for task in phase.passes(epoch):
+            first = next(iter(task.batch.values()))
+            steps = -(-len(context.train) // (first * world_size))
+            bound = "at most " if len(task.batch) > 1 else ""
+            roles = " + ".join(f"{size} {role}" for role, size in task.batch.items())
+            yield f"              {task.name}: {bound}{steps:,} steps of {roles} images per rank"
+        epoch += phase.num_epochs
+
+
+def _memory_lines(context: Context, method: Method, world_size: int) -> Iterator[str]:
+    engine = method.engines[0]
+    num_parameters = sum(p.numel() for p in engine.model.parameters())
+    # weights, gradients and momentum in float32
+    fixed = len(method.engines) * 3 * 4 * num_parameters
+    images = max(sum(task.batch.values()) for phase in method.phases() for task in phase.passes(0) if task.trains)
+    views = 2 if context.config.method.name == "dividemix" else 1
+    activations = _activation_bytes(context, engine.model) * images * views
+    name, num_networks = context.config.model.name, len(method.engines)
+    yield f"model       {name}: {num_parameters / 1e6:.2f} M parameters, {num_networks} network(s)"
+    yield (
+        f"memory      per rank about {_mib(fixed)} weights, gradients and momentum + "
+        f"{_mib(activations)} activations of {images * views} images"
+    )
+    state = context.table.bytes_per_sample
+    owned = -(-len(context.train) // world_size)
+    yield f"state       {state} bytes per sample, {_mib(state * owned)} on each rank"
+
+
+def _activation_bytes(context: Context, model: nn.Module) -> float:
+    """Memory that a training forward keeps for its backward, per image."""
+    batch = _probe(context.config, context.train)
+    images = context.view(batch, 0, 0)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: list[Tensor] = []  # alive until all are counted, so that no address is used twice
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model.train()(images).logsumexp(1).sum()
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    del loss
+    return sum(size for pointer, size in sizes.items() if pointer not in parameters) / len(images)
+
+
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"

@@ -1,0 +1,34 @@
+"""Errors that a user can act on, and how entry points report them."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+P = ParamSpec("P")
+
+
+class UserError(Exception):
+    """Something that the user can put right: the message says what is wrong, where, and what to do."""
+
+
+def main_guard(main: Callable[P, int | None]) -> Callable[P, int]:
+    """Make an entry point report a `UserError` as one line on stderr and exit code 2, without a traceback.
+
+    Of several ranks on a node, which meet the same error before they have joined, the first one speaks.
+    """
+
+    @functools.wraps(main)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except UserError as error:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return guarded

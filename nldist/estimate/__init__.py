@@ -1,0 +1,1 @@
+"""Global facts from what the ranks saw: the mixture over the losses."""

@@ -1,0 +1,114 @@
+"""Accuracy of a run's weights on a split, with the confusion between classes."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from nldist import plots
+from nldist.config import Config
+from nldist.data.index import Index
+from nldist.data.stream import Stream
+from nldist.dist.table import SampleTable
+from nldist.dist.world import World
+from nldist.errors import UserError
+from nldist.methods.base import Context, EvaluationPass
+from nldist.run import RunDirectory, ensemble, write_text
+
+
+def evaluate(run_dir: Path, split: str | None = None, weights: Literal["last", "best"] = "last") -> dict[str, Any]:
+    """Evaluate weights/WEIGHTS.pt of a run; leaves evaluation-SPLIT-WEIGHTS.json and a plot in the run directory.
+
+    Returns:
+        accuracy, accuracy_top5 (percent), num_evaluated, and accuracy by class.
+
+    Raises:
+        UserError: no such run, weights or split.
+    """
+    run = RunDirectory(run_dir)
+    config = run.config()
+    dist = config.dist
+    with World.start(num_threads=dist.num_threads, timeout_seconds=dist.timeout_seconds, device=dist.device) as world:
+        task = _evaluation(run, config, world, split or config.data.eval_split, weights)
+        metrics = task.finish()
+        confusion = task.confusion.cpu().numpy()
+        classes = task.context.evaluation.classes
+        by_class = 100 * confusion.diagonal() / confusion.sum(1).clip(min=1)
+        result = {
+            "run": str(run_dir),
+            "split": task.context.evaluation.split,
+            "weights": weights,
+            **metrics,
+            "by_class": {name: round(float(value), 3) for name, value in zip(classes, by_class, strict=True)},
+        }
+        if world.is_main:
+            name = f"{result['split']}-{weights}"
+            write_text(run_dir / f"evaluation-{name}.json", json.dumps(result, indent=2) + "\n")
+            plots.confusion(run_dir / "plots" / f"confusion-{name}.png", confusion, classes)
+        return result
+
+
+def _evaluation(run: RunDirectory, config: Config, world: World, split: str, weights: str) -> EvaluationPass:
+    """An evaluation pass with all its steps done."""
+    index = Index.open(config.data.root, split, config.data.cache_dir)
+    context = Context(config, world, index, index, index.label, None, SampleTable(len(index), world))
+    networks = [network.to(world.device) for network in run.load_networks(weights, config, index.num_classes)]
+    task = EvaluationPass(context, lambda images: ensemble(networks, images))
+    plan = task.plan()
+    task.start(plan.num_steps, 0)
+    stream = Stream(
+        index,
+        None,
+        plan,
+        num_workers=config.data.num_workers,
+        device=world.device,
+        on_bad=config.data.on_bad,
+        max_side=config.data.max_side,
+    )
+    for step, batches in enumerate(stream):
+        task.step(batches, step)
+    return task
+
+
+def compare(run_dirs: list[Path]) -> list[dict[str, Any]]:
+    """One row per run that has ended: method, accuracy best and last, split AUC, images per second, world size."""
+    rows = []
+    for run_dir in run_dirs:
+        summary = RunDirectory(run_dir).summary
+        if summary is None:
+            raise UserError(f"{run_dir} has no summary.json: it is no run, or has not ended")
+        rows.append(
+            {
+                "method": summary["method"],
+                "best": summary["accuracy"]["best"],
+                "last": summary["accuracy"]["last"],
+                "split_auc": (summary["split"] or {}).get("auc"),
+                "images_per_second": summary["images_per_second"],
+                "world_size": summary["world_size"],
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows of `compare` as aligned text."""
+    lines = [("method", "best %", "last %", "split AUC", "images/s", "ranks")]
+    for row in rows:
+        auc = "-" if row["split_auc"] is None else f"{row['split_auc']:.3f}"
+        lines.append(
+            (
+                row["method"],
+                f"{row['best']:.2f}",
+                f"{row['last']:.2f}",
+                auc,
+                f"{row['images_per_second']:,.0f}",
+                str(row["world_size"]),
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(_align(line, widths) for line in lines)
+
+
+def _align(cells: tuple[str, ...], widths: list[int]) -> str:
+    """The first cell to the left, the others to the right."""
+    first, *rest = cells
+    return "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])

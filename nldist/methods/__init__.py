@@ -1,0 +1,13 @@
+"""The methods, by name."""
+
+from nldist.methods.base import Context, Method
+from nldist.methods.cross_entropy import CrossEntropy
+from nldist.methods.dividemix import DivideMix
+from nldist.methods.mixup import Mixup
+
+METHODS: dict[str, type[Method]] = {"cross_entropy": CrossEntropy, "mixup": Mixup, "dividemix": DivideMix}
+
+
+def build_method(context: Context) -> Method:
+    """The method that the configuration names."""
+    return METHODS[context.config.method.name](context)

@@ -1,0 +1,292 @@
+"""What a method is: phases of epochs, epochs of passes, passes of steps. The trainer knows only these."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nldist.config import Config
+from nldist.data.index import Index
+from nldist.data.plan import Plan, shuffled, sweep
+from nldist.data.stream import Batch
+from nldist.data.views import View
+from nldist.dist.engine import Engine, learning_rate
+from nldist.dist.table import SampleTable
+from nldist.dist.world import World
+from nldist.errors import UserError
+from nldist.estimate.mixture import Mixture
+from nldist.models import build_model
+
+Batches = Mapping[str, Batch]
+Metrics = dict[str, Any]
+
+
+@dataclass
+class Context:
+    """What every method is given: the run's settings, this rank's world, the data and the per-sample state."""
+
+    config: Config
+    world: World
+    train: Index
+    evaluation: Index
+    labels: np.ndarray  # (N,) the labels to train with
+    clean: np.ndarray | None  # (N,) true labels where known; only to measure
+    table: SampleTable
+
+    def __post_init__(self) -> None:
+        data, views = self.config.data, self.config.views
+        self.train_view = View(views.train, data.mean, data.std)
+        self.eval_view = View(views.eval, data.mean, data.std)
+
+    def engine(self, number: int) -> Engine:
+        """Network `number`, initialised from (seed, number) alone."""
+        model = self.config.model
+        torch.manual_seed(self.config.run.seed * 1009 + number)
+        network = build_model(model.name, self.train.num_classes, pretrained=model.pretrained)
+        return Engine(network, self.config, self.world)
+
+    def shuffled(self, epoch: int, purpose: int, batch_size: int) -> Plan:
+        """A shuffled plan over all training samples; `purpose` tells the plans of one epoch apart."""
+        return shuffled(
+            len(self.train),
+            rank=self.world.rank,
+            size=self.world.size,
+            batch_size=batch_size,
+            seed=self.config.run.seed + 1_000_003 * purpose,
+            epoch=epoch,
+            window=self.config.data.window,
+        )
+
+    def sweep(self, num_samples: int, population: np.ndarray | None = None) -> Plan:
+        """A plan that sees every sample (of `population`, sorted ids) once, each on its owner."""
+        return sweep(
+            num_samples,
+            rank=self.world.rank,
+            size=self.world.size,
+            batch_size=self.config.train.eval_batch_size,
+            population=population,
+        )
+
+    def view(self, batch: Batch, epoch: int, purpose: int) -> Tensor:
+        """One random training view of a batch, (b, 3, h, w); the draw depends on (seed, epoch, purpose, sample)."""
+        key = (self.config.run.seed, epoch, purpose)
+        return self.train_view(batch.images, batch.sizes, batch.draws, key)
+
+    def fixed_view(self, batch: Batch) -> Tensor:
+        """The evaluation view of a batch, (b, 3, h, w)."""
+        return self.eval_view(batch.images, batch.sizes, batch.draws, (0, 0, 0))
+
+    def generator(self, *key: int) -> np.random.Generator:
+        """Randomness for one rank's step, a pure function of the run's seed, `key` and the rank."""
+        return np.random.default_rng([self.config.run.seed, *key, self.world.rank])
+
+
+class Pass(ABC):
+    """A run over one plan: part of an epoch. A resumed pass is built anew and asked for its later steps.
+
+    So `plan` may depend on nothing that the pass itself changes.
+    """
+
+    split: ClassVar[str] = "train"
+    trains: ClassVar[bool] = True
+    name: str
+    batch: dict[str, int]  # role -> samples per step and rank, at most
+
+    @abstractmethod
+    def plan(self) -> Plan:
+        """The plan of this pass, from the state at its start."""
+
+    @abstractmethod
+    def start(self, num_steps: int, start_step: int) -> None:
+        """Get ready for step `start_step` of `num_steps`."""
+
+    @abstractmethod
+    def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
+        """Do one step; return scalar tensors to be averaged for the log."""
+
+    def resume_step(self, num_done: int) -> int | None:
+        """Where a checkpoint taken now, after `num_done` steps, would go on; None where none can be taken."""
+        return num_done
+
+    @abstractmethod
+    def finish(self) -> Metrics:
+        """Complete the pass; return metrics that hold for all ranks. A collective."""
+
+    def splits(self) -> dict[str, "Split"]:
+        """The divisions into clean and noisy that the finished pass made, by network."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Consecutive epochs of one kind. `passes(epoch)` takes the epoch's number in the whole run."""
+
+    name: str
+    num_epochs: int
+    passes: Callable[[int], list[Pass]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One network's division into clean and noisy, for plots: this rank's samples."""
+
+    losses: np.ndarray  # (owned,) normalised, NaN where not seen
+    clean_probability: np.ndarray  # (owned,)
+    mixture: Mixture | None
+
+
+class Method(ABC):
+    """Networks, per-sample columns, and the phases that train them."""
+
+    num_networks: ClassVar[int] = 1
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.engines = [context.engine(number) for number in range(self.num_networks)]
+
+    @abstractmethod
+    def phases(self) -> list[Phase]:
+        """The method's phases; their epochs add up to train.epochs."""
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits (b, C) for prediction: the sum over the networks (algorithms 0.3)."""
+        return torch.stack([engine.evaluate(images) for engine in self.engines]).sum(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State that is the same on every rank."""
+        return {"engines": [engine.state_dict() for engine in self.engines]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` gave."""
+        for engine, engine_state in zip(self.engines, state["engines"], strict=True):
+            engine.load_state_dict(engine_state)
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        """State that differs between ranks within an epoch."""
+        return {"engines": [engine.rank_state_dict() for engine in self.engines]}
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `rank_state_dict` gave on the same rank."""
+        for engine, engine_state in zip(self.engines, state["engines"], strict=True):
+            engine.load_rank_state_dict(engine_state)
+
+
+class EnginePass(Pass):
+    """A pass that trains one network."""
+
+    def __init__(self, context: Context, number: int, engine: Engine, epoch: int) -> None:
+        self.context, self.number, self.engine, self.epoch = context, number, engine, epoch
+        self.name = f"net{number}"
+
+    def start(self, num_steps: int, start_step: int) -> None:
+        """See Pass."""
+        self._num_steps = num_steps
+        self.engine.start_pass(num_steps, start_step)
+
+    def resume_step(self, num_done: int) -> int | None:
+        """See Pass."""
+        return num_done if self.engine.at_edge else None
+
+    def progress(self, step: int) -> float:
+        """The epoch as a fraction: 3.5 is halfway through epoch 3."""
+        return self.epoch + step / self._num_steps
+
+    def descend(self, loss: Tensor, step: int) -> None:
+        """One optimiser step from `loss` at the scheduled learning rate."""
+        config = self.context.config
+        self.engine.step(loss, learning_rate(config.optim, self.progress(step), config.train.epochs))
+
+    def finish(self) -> Metrics:
+        """See Pass."""
+        self.engine.finish_pass()
+        return {}
+
+
+class SupervisedPass(EnginePass):
+    """One epoch over all samples with a loss on the given labels."""
+
+    def __init__(
+        self,
+        context: Context,
+        number: int,
+        engine: Engine,
+        epoch: int,
+        loss: Callable[[Engine, Tensor, Tensor, np.random.Generator], Tensor],
+    ) -> None:
+        super().__init__(context, number, engine, epoch)
+        self._loss = loss
+        self.batch = {"all": context.config.train.batch_size}
+
+    def plan(self) -> Plan:
+        """See Pass."""
+        return self.context.shuffled(self.epoch, self.number, self.batch["all"])
+
+    def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
+        """See Pass."""
+        batch = batches["all"]
+        images = self.context.view(batch, self.epoch, self.number)
+        generator = self.context.generator(self.epoch, self.number, step)
+        loss = self._loss(self.engine, images, batch.labels, generator)
+        self.descend(loss, step)
+        return {"loss": loss.detach()}
+
+
+class EvaluationPass(Pass):
+    """Accuracy of a prediction on the evaluation split, every image once."""
+
+    split = "evaluation"
+    trains = False
+    name = "evaluate"
+
+    def __init__(self, context: Context, logits: Callable[[Tensor], Tensor]) -> None:
+        self.context, self._logits = context, logits
+        self.batch = {"all": context.config.train.eval_batch_size}
+
+    def plan(self) -> Plan:
+        """See Pass."""
+        return self.context.sweep(len(self.context.evaluation))
+
+    def start(self, num_steps: int, start_step: int) -> None:
+        """See Pass."""
+        num_classes, device = self.context.train.num_classes, self.context.world.device
+        self.confusion = torch.zeros((num_classes, num_classes), dtype=torch.int64, device=device)
+        self._top5 = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def resume_step(self, num_done: int) -> int | None:
+        """An evaluation is short: it starts again."""
+        return 0
+
+    def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
+        """See Pass."""
+        batch = batches["all"]
+        if len(batch.ids):
+            logits = self._logits(self.context.fixed_view(batch))
+            num_classes = logits.shape[1]
+            best = logits.topk(min(5, num_classes)).indices
+            pairs = (batch.labels * num_classes + best[:, 0]).bincount(minlength=num_classes**2)
+            self.confusion += pairs.view(num_classes, num_classes)
+            self._top5 += (best == batch.labels[:, None]).sum()
+        return {}
+
+    def finish(self) -> Metrics:
+        """Accuracies in percent; `confusion` then holds the counts (true class, predicted class) of all ranks."""
+        world = self.context.world
+        confusion, top5 = world.all_reduce(self.confusion), world.all_reduce(self._top5)
+        total = int(confusion.sum())
+        if total == 0:
+            raise UserError(f"split {self.context.evaluation.split} has no readable image to evaluate on")
+        return {
+            "accuracy": 100 * int(confusion.trace()) / total,
+            "accuracy_top5": 100 * int(top5) / total,
+            "num_evaluated": total,
+        }
+
+
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Labels (b,) as float32 rows (b, C)."""
+    return F.one_hot(labels, num_classes).float()

@@ -1,0 +1,24 @@
+"""Plain cross-entropy on the given labels: the baseline."""
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from nldist.dist.engine import Engine
+from nldist.methods.base import Method, Pass, Phase, SupervisedPass
+
+
+class CrossEntropy(Method):
+    """One network, one loss."""
+
+    def phases(self) -> list[Phase]:
+        """See Method."""
+        return [Phase("train", self.context.config.train.epochs, self._passes)]
+
+    def _passes(self, epoch: int) -> list[Pass]:
+        return [SupervisedPass(self.context, 0, self.engines[0], epoch, cross_entropy)]
+
+
+def cross_entropy(engine: Engine, images: Tensor, labels: Tensor, _generator: np.random.Generator) -> Tensor:
+    """Mean cross-entropy of one batch with hard labels (b,)."""
+    return F.cross_entropy(engine.forward(images), labels)

@@ -1,0 +1,269 @@
+"""DivideMix (Li, Socher, Hoi; ICLR 2020), in its CIFAR and its real-data form: algorithms section 2."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nldist.data.plan import Plan, balanced, divided
+from nldist.data.stream import Batch
+from nldist.dist.engine import Engine
+from nldist.errors import UserError
+from nldist.estimate.division import divide, split_quality
+from nldist.losses import (
+    class_mean_squared_error,
+    mix,
+    negative_entropy,
+    prior_penalty,
+    sharpen,
+    soft_cross_entropy,
+)
+from nldist.methods.base import (
+    Batches,
+    Context,
+    EnginePass,
+    Method,
+    Metrics,
+    Pass,
+    Phase,
+    Split,
+    SupervisedPass,
+    one_hot,
+)
+from nldist.methods.cross_entropy import cross_entropy
+
+# Purposes of plans and views within one epoch; warm-up uses the network's number.
+_DIVIDE = 16
+
+
+class DivideMix(Method):
+    """Two networks; each trains on the division into clean and noisy that the other one's losses make."""
+
+    num_networks = 2
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.settings = context.config.method.dividemix
+        self.stale: nn.Module | None = None  # network 0 as it was before this epoch, for peers=parallel
+        history = context.config.method.mixture.history
+        for number in range(self.num_networks):
+            context.table.add(f"loss{number}", np.float32, fill=np.nan)
+            context.table.add(f"clean{number}", np.float32, fill=1.0)
+            context.table.add(f"predicted{number}", np.int16, fill=-1)
+            if history > 1:
+                context.table.add(f"history{number}", np.float32, (history,), fill=np.nan)
+
+    def phases(self) -> list[Phase]:
+        """See Method."""
+        warmup = self.settings.warmup_epochs
+        rest = self.context.config.train.epochs - warmup
+        return [Phase("warmup", warmup, self._warmup), Phase("divide", rest, self._divide)]
+
+    def _warmup(self, epoch: int) -> list[Pass]:
+        loss = _penalised if self.settings.warmup_penalty else cross_entropy
+        return [SupervisedPass(self.context, n, engine, epoch, loss) for n, engine in enumerate(self.engines)]
+
+    def _divide(self, epoch: int) -> list[Pass]:
+        if self.settings.subset is None:
+            sweeps: list[Pass] = [SweepPass(self, [0, 1], epoch, None)]
+        else:
+            sweeps = [SweepPass(self, [n], epoch, self._subset(epoch, n)) for n in (0, 1)]
+        return [*sweeps, DividePass(self, 0, epoch), DividePass(self, 1, epoch)]
+
+    def _subset(self, epoch: int, number: int) -> np.ndarray:
+        """A fresh class-balanced subset for each network and epoch (algorithms 1.9, 2.c Clothing1M)."""
+        assert self.settings.subset is not None
+        seed = self.context.config.run.seed * 2 + number
+        num_classes = self.context.train.num_classes
+        return balanced(self.context.labels, self.settings.subset, seed=seed, epoch=epoch, num_classes=num_classes)
+
+    def peer(self, number: int) -> nn.Module:
+        """The other network, in eval mode."""
+        if number == 1 and self.settings.peers == "parallel":
+            assert self.stale is not None
+            return self.stale.eval()
+        peer: nn.Module = self.engines[1 - number].model
+        return peer.eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See Method."""
+        stale = self.stale.state_dict() if self.stale is not None else None
+        return super().state_dict() | {"stale": stale}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See Method."""
+        super().load_state_dict(state)
+        if state["stale"] is not None:
+            self.stale = copy.deepcopy(self.engines[0].model)
+            self.stale.load_state_dict(state["stale"])
+
+
+class SweepPass(Pass):
+    """Every sample's loss and prediction by one or both networks, then the mixture over the losses."""
+
+    name = "sweep"
+    trains = False
+
+    def __init__(self, method: DivideMix, numbers: list[int], epoch: int, population: np.ndarray | None) -> None:
+        self._method, self._numbers, self._epoch, self._population = method, numbers, epoch, population
+        self._context = method.context
+        self.name = "sweep" if len(numbers) > 1 else f"sweep{numbers[0]}"
+        self.batch = {"all": self._context.config.train.eval_batch_size}
+        self._splits: dict[str, Split] = {}
+
+    def plan(self) -> Plan:
+        """See Pass."""
+        return self._context.sweep(len(self._context.train), self._population)
+
+    def start(self, num_steps: int, start_step: int) -> None:
+        """See Pass."""
+        for number in self._numbers:
+            self._method.engines[number].model.eval()
+            if start_step == 0:
+                self._context.table.reset(f"loss{number}")
+
+    def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
+        """See Pass."""
+        batch = batches["all"]
+        if not len(batch.ids):
+            return {}
+        images, ids = self._context.fixed_view(batch), batch.ids.cpu().numpy()
+        for number in self._numbers:
+            logits = self._method.engines[number].predict(images)
+            losses = F.cross_entropy(logits, batch.labels, reduction="none").cpu().numpy()
+            if not np.isfinite(losses).all():
+                raise UserError(f"net{number} has diverged (loss not finite); lower optim.lr or set optim.clip_norm")
+            self._context.table.put(f"loss{number}", ids, losses)
+            self._context.table.put(f"predicted{number}", ids, logits.argmax(1).cpu().numpy())
+        return {}
+
+    def splits(self) -> dict[str, Split]:
+        """See Pass."""
+        return self._splits
+
+    def finish(self) -> Metrics:
+        """The division by each network, and its quality where true labels are known."""
+        metrics: Metrics = {}
+        for number in self._numbers:
+            metrics |= self._divide(number)
+        return metrics
+
+    def _divide(self, number: int) -> Metrics:
+        context, table = self._context, self._context.table
+        history = table[f"history{number}"] if context.config.method.mixture.history > 1 else None
+        losses, mixture = divide(table[f"loss{number}"], history, context.config.method.mixture, context.world)
+        if mixture is not None:
+            table[f"clean{number}"][:] = mixture.clean_probability(losses)
+        table[f"clean{number}"][np.isnan(losses)] = np.nan
+        self._splits[f"net{number}"] = Split(losses, table[f"clean{number}"], mixture)
+        clean = table.gather(f"clean{number}")
+        truth = None if context.clean is None else context.clean == context.labels
+        quality = split_quality(clean, truth, self._method.settings.tau)
+        if mixture is not None:
+            quality |= {"mixture_iterations": mixture.num_iterations, "mixture_gap": float(np.ptp(mixture.means))}
+        return {f"{name}{number}": value for name, value in quality.items()}
+
+
+class DividePass(EnginePass):
+    """One epoch of semi-supervised training of one network on its peer's division (DivideMix, Algorithm 1)."""
+
+    def __init__(self, method: DivideMix, number: int, epoch: int) -> None:
+        super().__init__(method.context, number, method.engines[number], epoch)
+        self._method, self._settings = method, method.settings
+        half = method.context.config.train.batch_size // 2
+        self.batch = {"labelled": half, "unlabelled": half}
+
+    def plan(self) -> Plan:
+        """Co-divide: labelled where the peer's clean probability exceeds tau, of the samples that it saw."""
+        context, world = self.context, self.context.world
+        self._clean = context.table.gather(f"clean{1 - self.number}")
+        labelled = np.flatnonzero(self._clean > self._settings.tau)
+        unlabelled = np.flatnonzero(self._clean <= self._settings.tau)
+        if len(labelled) < 2 * world.size:
+            # Too few to train on (the reference divides by zero here): take every label as clean this epoch.
+            labelled, unlabelled = np.flatnonzero(~np.isnan(self._clean)), unlabelled[:0]
+            self._clean = np.ones_like(self._clean)
+        return divided(
+            len(context.train),
+            labelled,
+            unlabelled,
+            rank=world.rank,
+            size=world.size,
+            batch_size=self.batch["labelled"],
+            seed=context.config.run.seed + 1_000_003 * (_DIVIDE + self.number),
+            epoch=self.epoch,
+            window=context.config.data.window,
+        )
+
+    def start(self, num_steps: int, start_step: int) -> None:
+        """See Pass."""
+        super().start(num_steps, start_step)
+        if self.number == 0 and start_step == 0 and self._settings.peers == "parallel":
+            self._method.stale = copy.deepcopy(self.engine.model)
+        self._peer = self._method.peer(self.number)
+
+    def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
+        """One step: guess targets, mix, descend (Algorithm 1, lines 11 to 27)."""
+        labelled, unlabelled = batches["labelled"], batches["unlabelled"]
+        x, u = self._views(labelled), self._views(unlabelled)
+        targets = [self._refine(labelled, x)] * 2 + ([self._guess(u)] * 2 if u else [])
+        num_rows = 2 * len(labelled.ids)
+        mixed, mixed_targets = self._mix(torch.cat([*x, *u]), torch.cat(targets), num_rows, step)
+        logits = self.engine.forward(mixed)
+        losses = self._losses(logits, mixed_targets, num_rows)
+        loss = losses["loss_x"] + losses["prior"] + self._lambda_u(step) * losses.get("loss_u", 0)
+        self.descend(loss, step)
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _views(self, batch: Batch) -> list[Tensor]:
+        """Two independent augmentations, none for an empty batch."""
+        purpose = _DIVIDE + 4 * self.number
+        return [self.context.view(batch, self.epoch, purpose + n) for n in (0, 1)] if len(batch.ids) else []
+
+    def _refine(self, batch: Batch, views: list[Tensor]) -> Tensor:
+        """Co-refinement of the labelled (equations 3 and 4): this network only, weighted by the peer's trust."""
+        trust = torch.from_numpy(self._clean[batch.ids.cpu().numpy()]).to(batch.ids.device)[:, None]
+        own = torch.stack([self.engine.predict(view).softmax(1) for view in views]).mean(0)
+        labels = one_hot(batch.labels, own.shape[1])
+        return sharpen(trust * labels + (1 - trust) * own, self._settings.temperature)
+
+    def _guess(self, views: list[Tensor]) -> Tensor:
+        """Co-guessing of the unlabelled (equation 5): the mean over both networks and both views."""
+        own = [self.engine.predict(view).softmax(1) for view in views]
+        peer = [self.engine.predict(view, self._peer).softmax(1) for view in views]
+        return sharpen(torch.stack(own + peer).mean(0), self._settings.temperature)
+
+    def _mix(self, images: Tensor, targets: Tensor, num_labelled: int, step: int) -> tuple[Tensor, Tensor]:
+        """MixMatch over labelled and unlabelled rows; form=real keeps the labelled rows only."""
+        generator = self.context.generator(self.epoch, _DIVIDE + self.number, step)
+        weight = float(generator.beta(self._settings.alpha, self._settings.alpha))
+        weight = max(weight, 1 - weight)
+        permutation = torch.from_numpy(generator.permutation(len(images))).to(images.device)
+        num_rows = len(images) if self._settings.form == "cifar" else num_labelled
+        return mix(images, permutation, weight, num_rows), mix(targets, permutation, weight, num_rows)
+
+    def _losses(self, logits: Tensor, targets: Tensor, num_labelled: int) -> dict[str, Tensor]:
+        """The labelled, the unlabelled and the prior term (equations 9, 10 and 11)."""
+        probabilities = logits.softmax(1)
+        losses = {
+            "loss_x": soft_cross_entropy(logits[:num_labelled], targets[:num_labelled]),
+            "prior": prior_penalty(probabilities, self.context.world),
+        }
+        if len(logits) > num_labelled:
+            losses["loss_u"] = class_mean_squared_error(probabilities[num_labelled:], targets[num_labelled:])
+        return losses
+
+    def _lambda_u(self, step: int) -> float:
+        """The weight of the unlabelled loss, grown linearly after the warm-up."""
+        progress = (self.progress(step) - self._settings.warmup_epochs) / self._settings.rampup_epochs
+        return self._settings.lambda_u * min(1.0, progress)
+
+
+def _penalised(engine: Engine, images: Tensor, labels: Tensor, _generator: np.random.Generator) -> Tensor:
+    """Cross-entropy plus negative entropy: against confident fits of asymmetric noise (section 3.1)."""
+    logits = engine.forward(images)
+    return F.cross_entropy(logits, labels) + negative_entropy(logits)

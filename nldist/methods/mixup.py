@@ -1,0 +1,28 @@
+"""mixup (Zhang et al., ICLR 2018): cross-entropy on convex combinations of pairs within the batch."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nldist.dist.engine import Engine
+from nldist.losses import mix, soft_cross_entropy
+from nldist.methods.base import Method, Pass, Phase, SupervisedPass, one_hot
+
+
+class Mixup(Method):
+    """One network; one mixing weight per step, as in the authors' code."""
+
+    def phases(self) -> list[Phase]:
+        """See Method."""
+        return [Phase("train", self.context.config.train.epochs, self._passes)]
+
+    def _passes(self, epoch: int) -> list[Pass]:
+        return [SupervisedPass(self.context, 0, self.engines[0], epoch, self._loss)]
+
+    def _loss(self, engine: Engine, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:
+        alpha = self.context.config.method.mixup.alpha
+        weight = float(generator.beta(alpha, alpha))
+        permutation = torch.from_numpy(generator.permutation(len(images))).to(images.device)
+        targets = one_hot(labels, self.context.train.num_classes)
+        logits = engine.forward(mix(images, permutation, weight, len(images)))
+        return soft_cross_entropy(logits, mix(targets, permutation, weight, len(images)))

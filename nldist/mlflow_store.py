@@ -1,0 +1,87 @@
+"""MLflow stores: opening one, making one, and what may be written to it."""
+
+import contextlib
+import os
+import re
+import uuid
+from pathlib import Path
+from typing import Any
+
+from nldist.errors import UserError
+
+MAX_NAME_LENGTH = 250
+DATABASES = r"(postgresql|mysql|mssql)(\+\w+)?://"
+
+
+def resolve_uri(uri: str) -> str:
+    """A store's URI with the path of a SQLite file made absolute. `UserError` if MLflow has no such store."""
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    if not re.match(f"https?://|{DATABASES}", uri):
+        raise UserError(f"track.uri: {uri!r} is no MLflow store: use sqlite:////PATH/mlflow.db or http://HOST:PORT")
+    return uri
+
+
+def connect(uri: str) -> Any:
+    """An `MlflowClient` for a store, after making the SQLite file if there is none."""
+    from mlflow import MlflowClient
+
+    database = sqlite_path(uri)
+    if database and not database.exists():
+        create_database(database)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def create_database(path: Path) -> None:
+    """Make MLflow's tables in a file aside, then put it in place unless another job was first.
+
+    MLflow creates and migrates in place without a lock: jobs that start together fail in each other's steps.
+    Aside, the migrations need not reach the disk one by one, which takes seconds: one flush at the end does.
+    """
+    from mlflow import MlflowClient
+    from sqlalchemy import Engine, event
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    event.listen(Engine, "connect", _without_flush)
+    try:
+        MlflowClient(tracking_uri=f"sqlite:///{part}", registry_uri=f"sqlite:///{part}").search_experiments()
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(part, path)
+    finally:
+        event.remove(Engine, "connect", _without_flush)
+        part.unlink(missing_ok=True)
+
+
+def _without_flush(connection: Any, _: Any) -> None:
+    connection.execute("PRAGMA synchronous = OFF")
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of a `sqlite:///PATH` store, None for any other store."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def valid_name(name: str) -> str:
+    """A name that MLflow takes: odd characters become "_", empty and dotted path parts go, 250 at most."""
+    parts = re.sub(r"[^\w\-. :/]", "_", name)[:MAX_NAME_LENGTH].split("/")
+    return "/".join(part for part in parts if part.strip(".")) or "_"
+
+
+def masked(uri: str) -> str:
+    """A URI without its password."""
+    return re.sub(r"://[^/@]*@", "://***@", uri)
+
+
+def artifact_root(uri: str, experiment: str, run_root: Path) -> str | None:
+    """Where an experiment's artifacts go: beside a SQLite file, in `run_root` for another data base.
+
+    None for a server, which chooses for itself.
+    """
+    database = sqlite_path(uri)
+    if database is None and not re.match(DATABASES, uri):
+        return None
+    parent = database.parent if database else run_root
+    return (parent / "mlartifacts" / re.sub(r"[^\w\-.]", "_", experiment)).resolve().as_uri()

@@ -1,0 +1,128 @@
+"""A run directory: one job at a time, one configuration for its life, its weights and its summary."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import yaml
+from torch import nn
+
+from nldist.config import Config, flatten, load_config
+from nldist.dist.checkpoint import load_file, save_file
+from nldist.errors import UserError
+from nldist.models import Classifier, build_model
+
+# What may change between the starts of one run: none of it changes what is learnt in an epoch.
+_FREE = (
+    "run.dir",
+    "train.epochs",
+    "train.checkpoint_every_steps",
+    "train.keep_checkpoints",
+    "data.num_workers",
+    "data.cache_dir",
+    "data.cache_gib",
+    "dist.",
+    "track.",
+)
+
+
+class RunDirectory:
+    """RUN/: config.yaml metrics.jsonl summary.json checkpoints/ weights/ tables/ plots/."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: TextIO | None = None
+
+    def claim(self, config: Config) -> None:
+        """Make the directory this job's, with this configuration. For rank 0.
+
+        Raises:
+            UserError: another job is using it, or it holds a run with other settings.
+        """
+        try:
+            for name in ("checkpoints", "weights", "tables", "plots"):
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"run directory {self.path} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{self.path} is in use by a running job; set another run.dir") from None
+        self._check_same(config)
+        write_text(self.path / "config.yaml", config.to_yaml())
+
+    def _check_same(self, config: Config) -> None:
+        file = self.path / "config.yaml"
+        if not file.exists():
+            return
+        before = dict(flatten(yaml.safe_load(file.read_text())))
+        after = config.flat()
+        changed = [
+            f"{key} ({before.get(key)} -> {after.get(key)})"
+            for key in sorted(before.keys() | after.keys())
+            if before.get(key) != after.get(key) and not key.startswith(_FREE)
+        ]
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise UserError(
+                f"{self.path} holds a run with other settings: {', '.join(changed[:3])}{more}; "
+                "set another run.dir or delete the old run"
+            )
+
+    def config(self) -> Config:
+        """The configuration that the run was started with."""
+        if not (self.path / "config.yaml").exists():
+            raise UserError(f"{self.path} is not a run directory: it has no config.yaml")
+        return load_config(self.path / "config.yaml", [f"run.dir={self.path}"])
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What summary.json holds; None until the run has ended."""
+        file = self.path / "summary.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json whole."""
+        write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def save_weights(self, which: str, networks: list[nn.Module], facts: dict[str, Any]) -> None:
+        """Write weights/WHICH.pt: {"networks": [state dict, ...], ...facts}, loadable with weights_only=True."""
+        states = [network.state_dict() for network in networks]
+        save_file(facts | {"networks": states}, self.path / "weights" / f"{which}.pt")
+
+    def load_networks(self, which: str, config: Config, num_classes: int) -> list[Classifier]:
+        """The networks of weights/WHICH.pt in eval mode.
+
+        Raises:
+            UserError: the run has no such weights, or they are for another number of classes.
+        """
+        file = self.path / "weights" / f"{which}.pt"
+        if not file.exists():
+            raise UserError(f"{self.path} has no weights/{which}.pt yet: no epoch has ended")
+        networks = []
+        for state in load_file(file)["networks"]:
+            network = build_model(config.model.name, num_classes)
+            try:
+                network.load_state_dict(state)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[-1].strip()
+                name = config.model.name
+                raise UserError(f"{file} does not fit {name} with {num_classes} classes: {reason}") from None
+            networks.append(network.eval())
+        return networks
+
+
+def ensemble(networks: list[Classifier], images: torch.Tensor) -> torch.Tensor:
+    """Sum of the networks' logits (b, C), float32."""
+    return torch.stack([network(images).float() for network in networks]).sum(0)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it, so that it is never half there."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text)
+    os.replace(aside, path)

@@ -1,0 +1,233 @@
+"""The record of a run: JSON lines always, MLflow on top."""
+
+import contextlib
+import getpass
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from nldist.errors import UserError
+from nldist.jsonl import JsonLines, read_lines, to_json
+from nldist.mlflow_store import masked, resolve_uri
+from nldist.mlflow_sync import METRICS_FILE, OUTBOX_FILE, State
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+MAX_PARAM_LENGTH = 6000  # characters of a value that MLflow keeps
+MAX_TAG_LENGTH = 5000
+SYSTEM_SECONDS = 10.0
+# By default MLflow keeps at one request for minutes: too long to notice that a server is away, or back.
+HTTP_SETTINGS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+PRIVACY_SETTINGS = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+
+
+class Tracker:
+    """Writes what a run reports to RUN/metrics.jsonl, from where a process of its own feeds MLflow.
+
+    Nothing here waits for MLflow but `end`. For rank 0 only: the other ranks use `NullTracker`.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        uri: str | None,
+        experiment: str,
+        run_name: str,
+        params: Mapping[str, Any],
+        system_metrics: bool = False,
+    ) -> None:
+        """Start the record of a run, or go on with the one that `run_dir` holds (and with its MLflow run).
+
+        `uri` names the MLflow store (`sqlite:////...`, `http://...`); None writes JSON lines only. `params`
+        may be nested; MLflow gets dotted names. It keeps a parameter's first value: one that a resumed run
+        changed becomes the tag `changed.NAME`. `system_metrics` samples this node into RUN/system.jsonl and
+        MLflow (not without MLflow: the numbers are its monitors').
+        Raises `UserError` for a URI that MLflow has no store for, and for a damaged metrics.jsonl.
+        """
+        self._run_dir = run_dir.absolute()
+        self._uri = resolve_uri(uri) if uri is not None else None
+        self._lines = JsonLines(self._run_dir / METRICS_FILE)
+        self._last_steps: dict[str, int] = {}
+        for record, _ in read_lines(self._run_dir / METRICS_FILE):
+            self._last_steps[record["kind"]] = record["step"]
+        self._outbox: JsonLines | None = None
+        self._sender: subprocess.Popen[bytes] | None = None
+        if self._uri is not None:
+            self._open_outbox(experiment, run_name, params)
+            self._sender = start_sender(
+                self._run_dir, *(["--system-seconds", str(SYSTEM_SECONDS)] if system_metrics else [])
+            )
+
+    def log(self, values: Mapping[str, float | int | str | None], *, epoch: int, step: int, kind: str = "step") -> None:
+        """Record values at a step (of the whole run, 0 or more); the numbers among them are MLflow metrics.
+
+        Within a kind of record ("step", "epoch") steps increase: a step not beyond the last one on record is
+        a replay after a resume and is dropped, so that each record is there once.
+        Raises `ValueError` if a value is named time, kind, epoch or step.
+        """
+        if step <= self._last_steps.get(kind, -1):
+            return
+        head = {"time": round(time.time(), 3), "kind": kind, "epoch": epoch, "step": step}
+        if clash := head.keys() & values.keys():
+            raise ValueError(f"names that every record has already: {sorted(clash)}")
+        self._lines.append({**head, **values})
+        self._last_steps[kind] = step
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Let MLflow have a copy of a file of the run, in a folder of its own. Sent as it is at that time."""
+        absolute = path.absolute()
+        inside = absolute.is_relative_to(self._run_dir)
+        kept = absolute.relative_to(self._run_dir) if inside else absolute
+        self._tell("artifact", path=str(kept), folder=folder)
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Set tags of the MLflow run; values are cut to 5,000 characters."""
+        self._tell("tags", tags={key: str(value)[:MAX_TAG_LENGTH] for key, value in tags.items()})
+
+    def end(self, status: Status, timeout_seconds: float = 60) -> None:
+        """Close the record and wait until MLflow has all of it, `timeout_seconds` at most.
+
+        What could not be sent is on disk: a warning says how to send it later. A second call does nothing.
+        """
+        self._tell("end", status=status)
+        self._lines.close()
+        if self._outbox is not None:
+            self._outbox.close()
+            self._outbox = None
+        if self._sender is not None:
+            code = _finish(self._sender, timeout_seconds)
+            self._sender = None
+            if code != 0:
+                logger.warning(
+                    "MLflow at %s does not have all of this run yet; to send the rest later: nldist sync %s",
+                    masked(self._uri or ""),
+                    shlex.quote(str(self._run_dir)),
+                )
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        """The id of the MLflow run, None until the store has created it."""
+        return State.load(self._run_dir, self._uri).run_id if self._uri is not None else None
+
+    @property
+    def open_command(self) -> str | None:
+        """What to type (or which page to open) to look at the run in MLflow; None without MLflow."""
+        if self._uri is None:
+            return None
+        if self._uri.startswith("http"):
+            return masked(self._uri)
+        return f"mlflow ui --backend-store-uri {shlex.quote(masked(self._uri))}"
+
+    def _open_outbox(self, experiment: str, run_name: str, params: Mapping[str, Any]) -> None:
+        """Write this start to the outbox, with the parameters that are new or changed since the last one."""
+        path = self._run_dir / OUTBOX_FILE
+        self._outbox = JsonLines(path)
+        known: dict[str, str] = {}
+        job = uuid.uuid4().hex
+        for event, _ in read_lines(path):
+            known.update(event.get("params", {}))
+            job = event.get("job", job)
+        self._tell("start", job=job, uri=self._uri, experiment=experiment, run_name=run_name, user=_user())
+        now = {key: value[:MAX_PARAM_LENGTH] for key, value in flatten(params)}
+        if new := {key: value for key, value in now.items() if key not in known}:
+            self._tell("params", params=new)
+        if changed := {f"changed.{key}": now[key] for key in now if known.get(key, now[key]) != now[key]}:
+            self.set_tags(changed)
+
+    def _tell(self, event: str, **values: Any) -> None:
+        if self._outbox is not None:
+            self._outbox.append({"event": event, "time": round(time.time(), 3), **values})
+
+
+class NullTracker(Tracker):
+    """The tracker of every rank but 0: takes everything, does nothing."""
+
+    def __init__(self) -> None:
+        self._uri = None
+
+    def log(self, values: Mapping[str, float | int | str | None], *, epoch: int, step: int, kind: str = "step") -> None:
+        """Do nothing."""
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Do nothing."""
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def end(self, status: Status, timeout_seconds: float = 60) -> None:
+        """Do nothing."""
+
+    @property
+    def mlflow_run_id(self) -> None:
+        """None: rank 0 has the MLflow run."""
+        return None
+
+
+def sync(run_dir: Path) -> None:
+    """Send MLflow what it lacks of a run that has ended (`nldist sync RUN`).
+
+    Raises `UserError` if the directory holds no run tracked with MLflow, or if MLflow does not take it.
+    """
+    if not (run_dir / OUTBOX_FILE).exists():
+        raise UserError(f"{run_dir} holds no run that was tracked with MLflow ({OUTBOX_FILE} is missing)")
+    with start_sender(run_dir.absolute(), "--once", stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        errors = process.stderr.read().decode(errors="replace").strip()
+        if process.wait() != 0:
+            raise UserError(f"{run_dir}: MLflow did not take the records: {errors}")
+
+
+def start_sender(run_dir: Path, *options: str, stderr: int | None = None) -> subprocess.Popen[bytes]:
+    """Start `nldist.mlflow_sync` for a run: it ends when told "end" on stdin, or with this process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "nldist.mlflow_sync", str(run_dir), *options],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+        env={**HTTP_SETTINGS, **os.environ, **PRIVACY_SETTINGS},
+        start_new_session=True,
+    )
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The leaves of nested mappings as (dotted name, text); other collections are one leaf, in JSON."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, str):
+            yield f"{prefix}{key}", value
+        else:
+            yield f"{prefix}{key}", json.dumps(to_json(value), default=str)
+
+
+def _finish(process: subprocess.Popen[bytes], timeout_seconds: float) -> int:
+    """Ask the sender to end, wait for it, kill it when the time is up; its exit code."""
+    assert process.stdin is not None
+    try:
+        process.stdin.write(b"end\n")
+        process.stdin.flush()
+        return process.wait(timeout_seconds)
+    except (subprocess.TimeoutExpired, BrokenPipeError):
+        process.kill()
+        return process.wait()
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run under an id without a name
+        return str(os.getuid())

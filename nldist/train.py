@@ -1,0 +1,288 @@
+"""The training loop: phases, epochs, passes and steps; checkpoints, resume, stop. It knows no method."""
+
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nldist import report
+from nldist.config import Config
+from nldist.data.cache import ShardCache
+from nldist.data.index import Index
+from nldist.data.plan import Plan
+from nldist.data.stream import Stream
+from nldist.dist.checkpoint import Checkpoints, Position
+from nldist.dist.engine import learning_rate
+from nldist.dist.table import SampleTable
+from nldist.dist.world import World
+from nldist.errors import UserError
+from nldist.methods import build_method
+from nldist.methods.base import Context, EvaluationPass, Pass, Phase
+from nldist.progress import Meter, Watch, clock, peak_memory_gib
+from nldist.run import RunDirectory
+from nldist.track import NullTracker, Status, Tracker
+
+EXIT_STOPPED = 143  # as a process ended by SIGTERM: there is more to do
+_STEPS_BETWEEN_STOP_CHECKS = 8
+
+
+def train(config: Config) -> int:
+    """Train as configured, going on from the run directory's last checkpoint; returns the exit code.
+
+    Raises:
+        UserError: data, settings or run directory are wrong.
+    """
+    dist = config.dist
+    with World.start(num_threads=dist.num_threads, timeout_seconds=dist.timeout_seconds, device=dist.device) as world:
+        run = RunDirectory(config.run.dir)
+        if world.is_main:
+            run.claim(config)
+        world.barrier()
+        world.request_stop_on(signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+        return Trainer(config, world, run).fit()
+
+
+def build_context(config: Config, world: World) -> Context:
+    """Open the data set and its labels."""
+    data = config.data
+    index = Index.open(data.root, data.train_split, data.cache_dir)
+    evaluation = Index.open(data.root, data.eval_split, data.cache_dir)
+    if len(index) < 2 * world.size:
+        raise UserError(f"{data.root}/{data.train_split} has {len(index)} samples: too few for {world.size} ranks")
+    clean = index.labels(data.clean_label_set) if data.clean_label_set in index.label_sets() else None
+    table = SampleTable(len(index), world)
+    return Context(config, world, index, evaluation, index.labels(data.label_set), clean, table)
+
+
+class Trainer:
+    """One run on this rank."""
+
+    def __init__(self, config: Config, world: World, run: RunDirectory) -> None:
+        self.config, self.world, self.run = config, world, run
+        self.context = build_context(config, world)
+        self.method = build_method(self.context)
+        self.checkpoints = Checkpoints(run.path / "checkpoints", world, config.train.keep_checkpoints)
+        self.cache = None
+        if config.data.cache_dir is not None:
+            self.cache = ShardCache(config.data.cache_dir, int(config.data.cache_gib * 2**30))
+        self.position = Position()
+        # What the checkpoint keeps of the run's history.
+        self.record: dict[str, Any] = {
+            "step": 0,
+            "seconds": 0.0,
+            "train_images": 0,
+            "train_seconds": 0.0,
+            "num_bad": 0,
+            "accuracies": [],
+            "epoch": {},  # metrics of the present epoch's finished passes
+            "quality": {},  # of the latest division
+        }
+        self.meter = Meter()
+        self._steps_since_save, self._steps_since_check = 0, 0
+        self._resume()
+        self._began = time.perf_counter() - self.record["seconds"]
+        self.tracker = self._open_tracker()
+
+    def _resume(self) -> None:
+        path = self.checkpoints.latest()
+        if path is None:
+            return
+        self.position, shared, rank = self.checkpoints.load(path, self.context.table)
+        self.method.load_state_dict(shared["method"])
+        self.record = shared["record"]
+        if rank is not None:
+            self.method.load_rank_state_dict(rank["method"])
+            self.meter = Meter(rank["meter"])
+        self._say(f"resumed from {path.name} with {self.world.size} rank(s), written by {shared['world_size']}")
+
+    def _open_tracker(self) -> Tracker:
+        if not self.world.is_main:
+            return NullTracker()
+        track = self.config.track
+        uri = track.uri or f"sqlite:///{self.run.path.absolute().parent / 'mlflow.db'}"
+        tracker = Tracker(
+            self.run.path,
+            uri=uri if track.enabled else None,
+            experiment=track.experiment,
+            run_name=track.run_name or self.run.path.name,
+            params=self.config.flat() | {"world_size": self.world.size},
+            system_metrics=track.system_metrics and track.enabled,
+        )
+        tracker.artifact(self.run.path / "config.yaml")
+        return tracker
+
+    def fit(self) -> int:
+        """Run what is left of the epochs; returns the exit code."""
+        status: Status = "FAILED"
+        try:
+            code = self._fit()
+            status = "KILLED" if code == EXIT_STOPPED else "FINISHED"
+        finally:
+            self.tracker.end(status)
+        return code
+
+    def _fit(self) -> int:
+        num_epochs = self.config.train.epochs
+        if self.position.epoch >= num_epochs:
+            self._say(f"nothing to do: {self.run.path} has its {num_epochs} epochs")
+        for epoch in range(self.position.epoch, num_epochs):
+            began = time.perf_counter()
+            phase = self._phase(epoch)
+            passes: list[Pass] = [*phase.passes(epoch), EvaluationPass(self.context, self.method.logits)]
+            for task in passes[self.position.pass_index :]:
+                if not self._run_pass(task, f"epoch {epoch + 1}/{num_epochs} {phase.name}"):
+                    return self._stopped()
+            self._end_epoch(epoch, phase, time.perf_counter() - began)
+        self._end()
+        return 0
+
+    def _phase(self, epoch: int) -> Phase:
+        for phase in self.method.phases():
+            if epoch < phase.num_epochs:
+                return phase
+            epoch -= phase.num_epochs
+        raise AssertionError("the phases' epochs do not add up to train.epochs")
+
+    def _run_pass(self, task: Pass, title: str) -> bool:
+        """Run one pass from the present position to its end; False if stopped on the way, with all saved."""
+        plan, start = task.plan(), self.position.step
+        task.start(plan.num_steps, start)
+        stream = self._stream(task, plan, start)
+        watch = Watch(f"{title} {task.name}", plan.num_steps, start, self.config.track.every_seconds)
+        for step, batches in enumerate(stream, start=start):
+            self.meter.add(task.step(batches, step))
+            self.record["step"] += task.trains
+            if watch.due():
+                self._report_step(task, stream, watch, step + 1)
+            if not self._continue_after(task, step + 1):
+                return False
+        self._finish_pass(task, stream, watch)
+        self.position = Position(self.position.epoch, self.position.pass_index + 1, 0)
+        return True
+
+    def _stream(self, task: Pass, plan: Plan, start: int) -> Stream:
+        train, data = task.split == "train", self.config.data
+        return Stream(
+            self.context.train if train else self.context.evaluation,
+            self.context.labels if train else None,
+            plan,
+            num_workers=data.num_workers,
+            device=self.world.device,
+            start_step=start,
+            on_bad=data.on_bad,
+            max_side=data.max_side,
+            cache=self.cache,
+        )
+
+    def _continue_after(self, task: Pass, num_done: int) -> bool:
+        """Save and stop where due, at edges that all ranks share; False to stop."""
+        self._steps_since_save += 1
+        self._steps_since_check += 1
+        resume_step = task.resume_step(num_done)
+        if resume_step is None:
+            return True
+        stop = False
+        if self._steps_since_check >= _STEPS_BETWEEN_STOP_CHECKS:
+            self._steps_since_check, stop = 0, self.world.should_stop()
+        if stop or 0 < self.config.train.checkpoint_every_steps <= self._steps_since_save:
+            self._save(Position(self.position.epoch, self.position.pass_index, resume_step))
+        return not stop
+
+    def _finish_pass(self, task: Pass, stream: Stream, watch: Watch) -> None:
+        """Gather what the pass found into the epoch's metrics."""
+        counts = torch.tensor([stream.num_images, stream.num_bad])
+        num_images, num_bad = self.world.all_reduce(counts).tolist()
+        if task.trains:
+            self.record["train_images"] += num_images
+            self.record["train_seconds"] += watch.seconds
+        self.record["num_bad"] += num_bad
+        means = self.meter.reduce(self.world)
+        for name, value in means.items():
+            if not math.isfinite(value):
+                raise UserError(f"{name} of {task.name} has become {value}; lower optim.lr or set optim.clip_norm")
+        prefix = f"{task.name}/"
+        rates = watch.rates(num_images, stream.wait_seconds)
+        self.record["epoch"] |= {prefix + name: value for name, value in (means | rates).items()}
+        self.record["epoch"] |= task.finish()
+        self.meter = Meter()
+        if (self.position.epoch + 1) % self.config.track.histogram_every == 0:
+            for name, split in task.splits().items():
+                self._plot(report.loss_histogram(self.run.path, self.context, self.position.epoch, name, split))
+
+    def _report_step(self, task: Pass, stream: Stream, watch: Watch, num_done: int) -> None:
+        if not self.world.is_main:
+            return
+        rates = watch.rates(stream.num_images * self.world.size, stream.wait_seconds)
+        means = self.meter.means()
+        self._say(watch.line(num_done, rates, means))
+        if task.trains:
+            values = {f"{task.name}/step_{name}": value for name, value in (means | rates).items()}
+            self.tracker.log(values, epoch=self.position.epoch + 1, step=self.record["step"])
+
+    def _end_epoch(self, epoch: int, phase: Phase, seconds: float) -> None:
+        """Log the epoch, keep its weights, and save."""
+        metrics = self.record["epoch"] | {
+            "phase": phase.name,
+            "learning_rate": learning_rate(self.config.optim, epoch, self.config.train.epochs),
+            "gpu_memory_gib": peak_memory_gib(self.world.device),
+        }
+        self.record["accuracies"].append(metrics["accuracy"])
+        self.record["epoch"] = {}
+        self.record["quality"] = report.split_means(metrics)
+        self.tracker.log(metrics, epoch=epoch + 1, step=epoch + 1, kind="epoch")
+        self._say(report.epoch_line(epoch + 1, self.config.train.epochs, metrics, self.record, seconds))
+        if self.world.is_main:
+            self._save_weights(epoch, metrics["accuracy"])
+        self._save(Position(epoch + 1))
+
+    def _save_weights(self, epoch: int, accuracy: float) -> None:
+        networks = [engine.evaluated for engine in self.method.engines]
+        facts = {
+            "model": self.config.model.name,
+            "classes": self.context.train.classes,
+            "epoch": epoch + 1,
+            "accuracy": accuracy,
+        }
+        self.run.save_weights("last", networks, facts)
+        if accuracy >= max(self.record["accuracies"]):
+            self.run.save_weights("best", networks, facts)
+
+    def _save(self, position: Position) -> None:
+        self.position = position
+        self.record["seconds"] = time.perf_counter() - self._began
+        shared = {"method": self.method.state_dict(), "record": self.record}
+        rank = {"method": self.method.rank_state_dict(), "meter": self.meter.state_dict()}
+        self.checkpoints.save(position, shared, rank, self.context.table)
+        self._steps_since_save = 0
+
+    def _stopped(self) -> int:
+        self._say(f"stopped at {self.position.name}, all saved; the same command goes on from there")
+        return EXIT_STOPPED
+
+    def _end(self) -> None:
+        """Leave what a person or a script reads: summary, plots, the samples' table."""
+        samples = report.sample_columns(self.context, len(self.method.engines))
+        if not self.world.is_main:
+            return
+        if samples:
+            report.write_samples(self.run.path / "tables" / "samples.parquet", self.context, samples)
+        summary = report.summary(self.config, self.context, self.record)
+        self.run.write_summary(summary)
+        self._plot(report.accuracy_curve(self.run.path, self.record["accuracies"]))
+        self.tracker.artifact(self.run.path / "summary.json")
+        accuracy = summary["accuracy"]
+        self._say(
+            f"done in {clock(summary['seconds'])}: accuracy best {accuracy['best']:.2f}, last {accuracy['last']:.2f} "
+            f"(mean of the last epochs), {summary['images_per_second']:,.0f} img/s; {self.run.path}/summary.json"
+        )
+
+    def _plot(self, path: Path | None) -> None:
+        if path is not None:
+            self.tracker.artifact(path, "plots")
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            print(text, flush=True)

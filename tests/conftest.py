@@ -1,0 +1,24 @@
+"""What tests of the whole system share: scikit-learn's digits, sharded by the real tools."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def run_tool(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run `python ARGUMENTS` from the repository's root."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, check=check, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits with label sets `clean` and `sym50`, in several shards."""
+    root = tmp_path_factory.mktemp("digits")
+    run_tool("tools/shard.py", "digits", root, "--shard-size", 300)
+    run_tool("tools/noise.py", root, "--model", "symmetric", "--rate", 0.5, "--seed", 0, "--name", "sym50")
+    return root

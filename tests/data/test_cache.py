@@ -1,0 +1,136 @@
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nldist.data.cache import ShardCache
+from nldist.data.index import Index
+from nldist.data.plan import sweep
+from nldist.data.stream import Stream
+from nldist.errors import UserError
+from tests.data.make import decode_id, make_dataset
+
+
+class _Server(ThreadingHTTPServer):
+    def __init__(self, directory: Path) -> None:
+        requests: list[str] = []
+
+        class Handler(SimpleHTTPRequestHandler):
+            def __init__(self, *args: Any) -> None:
+                super().__init__(*args, directory=str(directory))
+
+            def log_request(self, *_: object) -> None:
+                requests.append(self.path)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests = requests
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[_Server]:
+    (tmp_path / "served").mkdir()
+    with _Server(tmp_path / "served") as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def _serve_files(tmp_path: Path, count: int, size: int = 1000) -> None:
+    for i in range(count):
+        (tmp_path / "served" / f"{i}.tar").write_bytes(bytes([i]) * size)
+
+
+def _copies(cache: ShardCache) -> list[str]:
+    return sorted(path.name.split("-")[1] for path in cache.cache_dir.glob("*.copy"))
+
+
+def _open_and_close(cache: ShardCache, url: str) -> bytes:
+    file = cache.open(url)
+    data = os.pread(file, 2000, 0)
+    os.close(file)
+    cache.closed(url)
+    return data
+
+
+def test_the_least_recently_used_copies_go_first(server: _Server, tmp_path: Path) -> None:
+    _serve_files(tmp_path, 5)
+    cache = ShardCache(tmp_path / "cache", max_bytes=3000)
+    for i in (0, 1, 2, 0, 3, 0, 4):
+        assert _open_and_close(cache, f"{server.url}/{i}.tar") == bytes([i]) * 1000
+    assert _copies(cache) == ["0.tar.copy", "3.tar.copy", "4.tar.copy"]
+    assert server.requests == ["/0.tar", "/1.tar", "/2.tar", "/3.tar", "/4.tar"]
+
+
+def test_copies_in_use_stay(server: _Server, tmp_path: Path) -> None:
+    _serve_files(tmp_path, 3)
+    cache = ShardCache(tmp_path / "cache", max_bytes=1000)
+    file = cache.open(f"{server.url}/0.tar")
+    _open_and_close(cache, f"{server.url}/1.tar")
+    _open_and_close(cache, f"{server.url}/2.tar")
+    assert _copies(cache) == ["0.tar.copy", "2.tar.copy"]
+    os.close(file)
+    cache.closed(f"{server.url}/0.tar")
+    _open_and_close(cache, f"{server.url}/1.tar")
+    assert _copies(cache) == ["1.tar.copy"]
+
+
+def _open_at_once(cache: ShardCache, url: str, start: "multiprocessing.synchronize.Barrier") -> None:
+    start.wait()
+    assert _open_and_close(cache, url) == bytes(1000)
+
+
+def test_processes_that_want_one_shard_copy_it_once(server: _Server, tmp_path: Path) -> None:
+    _serve_files(tmp_path, 1)
+    cache = ShardCache(tmp_path / "cache", max_bytes=10**6)
+    context = multiprocessing.get_context("fork")
+    start = context.Barrier(4)
+    args = (cache, f"{server.url}/0.tar", start)
+    processes = [context.Process(target=_open_at_once, args=args) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert server.requests == ["/0.tar"]
+
+
+def test_what_cannot_be_copied_is_named_and_leaves_nothing(server: _Server, tmp_path: Path) -> None:
+    _serve_files(tmp_path, 1)
+    cache = ShardCache(tmp_path / "cache", max_bytes=10**6)
+    with pytest.raises(UserError, match=rf"shard {server.url}/9\.tar: cannot be copied to .*cache"):
+        cache.open(f"{server.url}/9.tar")
+    with pytest.raises(UserError, match="SHA-256"):
+        cache.open(f"{server.url}/0.tar", sha256="0" * 64)
+    with pytest.raises(UserError, match="no gopen handler"):
+        cache.open("nowhere://host/0.tar")
+    assert not _copies(cache)
+    assert not list(cache.cache_dir.glob("*.part"))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_reads_remote_shards_through_the_cache(
+    server: _Server, tmp_path: Path, num_workers: int
+) -> None:
+    root = make_dataset(tmp_path / "served" / "set", [20, 3, 30])
+    facts = json.loads((root / "dataset.json").read_text())
+    for shard in facts["splits"]["train"]["shards"]:
+        shard["path"] = f"{server.url}/set/{shard['path']}"
+    (root / "dataset.json").write_text(json.dumps(facts))
+    index = Index.open(root, "train")
+    cache = ShardCache(tmp_path / "cache", max_bytes=1)
+    plan = sweep(53, rank=0, size=1, batch_size=8)
+    for batches in Stream(index, None, plan, cache=cache, num_workers=num_workers):
+        assert [decode_id(image.numpy()) for image in batches["all"].images] == batches["all"].ids.tolist()
+    assert set(server.requests) == {f"/set/train/train-{s:06d}.tar" for s in range(3)}
+    with pytest.raises(UserError, match=r"is remote: set data\.cache_dir"):
+        list(Stream(index, None, plan))

@@ -1,0 +1,96 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nldist.dist.checkpoint import Checkpoints, Position, load_file
+from nldist.dist.table import SampleTable
+from nldist.dist.world import World
+from nldist.errors import UserError
+from tests.ranks import run_ranks
+
+
+def table(world: World) -> SampleTable:
+    table = SampleTable(10, world)
+    table.add("loss", np.float32)
+    return table
+
+
+def save(world: World, directory: Path, *positions: Position) -> None:
+    checkpoints = Checkpoints(directory, world, keep=2)
+    for position in positions:
+        rows = table(world)
+        rows["loss"][:] = position.epoch
+        checkpoints.save(position, {"weights": torch.ones(3)}, {"rank": world.rank}, rows)
+
+
+def latest(world: World, directory: Path) -> tuple[str, object]:
+    checkpoints = Checkpoints(directory, world, keep=2)
+    path = checkpoints.latest()
+    assert path is not None
+    position, shared, rank = checkpoints.load(path, table(world))
+    assert position.name == path.name
+    assert torch.equal(shared["weights"], torch.ones(3))
+    return path.name, rank
+
+
+def test_each_rank_gets_its_own_part_back(tmp_path: Path) -> None:
+    run_ranks(save, 3, tmp_path, Position(1, 0, 0), Position(1, 2, 7))
+    assert run_ranks(latest, 3, tmp_path) == [("e0001-p02-s000000007", {"rank": r}) for r in range(3)]
+
+
+def test_another_world_size_takes_the_last_epoch_edge_and_drops_what_is_newer(tmp_path: Path) -> None:
+    run_ranks(save, 2, tmp_path, Position(1), Position(2), Position(2, 1, 5), Position(2, 1, 10))
+    assert run_ranks(latest, 3, tmp_path) == [("e0002-p00-s000000000", None)] * 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["e0002-p00-s000000000"]
+
+
+def test_only_the_newest_are_kept_and_the_last_epoch_edge(tmp_path: Path) -> None:
+    save(World.single(), tmp_path, Position(1), Position(1, 0, 5), Position(1, 0, 10), Position(1, 1, 5))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "e0001-p00-s000000000",
+        "e0001-p00-s000000010",
+        "e0001-p01-s000000005",
+    ]
+
+
+def test_a_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
+    save(World.single(), tmp_path, Position(1))
+    (tmp_path / "e0002-p00-s000000000.part").mkdir()
+    assert latest(World.single(), tmp_path)[0] == "e0001-p00-s000000000"
+
+
+def save_on_a_full_disk(world: World, directory: Path) -> str:
+    if world.rank == 1:
+        SampleTable.save = _no_space  # type: ignore[method-assign]
+    try:
+        save(world, directory, Position(1))
+    except UserError as error:
+        return str(error)
+    return "saved"
+
+
+def _no_space(self: SampleTable, directory: Path) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
+    first, second = run_ranks(save_on_a_full_disk, 2, tmp_path)
+    assert "rank 1 could not write" in first
+    assert "No space left on device" in second
+    assert not [p for p in tmp_path.iterdir() if not p.name.endswith(".part")]
+
+
+class Payload:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("pwned",)
+
+
+def test_a_checkpoint_is_data_not_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weights": Payload()}, tmp_path / "shared.pt")
+    with pytest.raises(Exception, match="weights_only"):
+        load_file(tmp_path / "shared.pt")
+    assert not (tmp_path / "pwned").exists()

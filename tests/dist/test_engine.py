@@ -1,0 +1,103 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nldist.config import Config
+from nldist.dist.engine import Engine, learning_rate
+from nldist.dist.world import World
+from tests.ranks import run_ranks
+
+
+def config(**optim: object) -> Config:
+    values = {"data": {"root": "x"}, "views": {"train": [], "eval": []}, "train": {"epochs": 10}, "optim": optim}
+    return Config.model_validate(values)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 4, 2)).double()
+
+
+IMAGES = torch.randn(24, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+TARGETS = torch.randn(24, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def train(world: World, options: dict[str, object], num_batches: int) -> list[np.ndarray]:
+    """Squared loss over `num_batches` steps, each rank taking its part of every batch."""
+    engine = Engine(network(), config(**options), world)
+    engine.start_pass(num_batches, 0)
+    for images, targets in zip(IMAGES.chunk(num_batches), TARGETS.chunk(num_batches), strict=True):
+        mine = slice(world.rank * len(images) // world.size, (world.rank + 1) * len(images) // world.size)
+        loss = (engine.forward(images[mine]).double() - targets[mine]).square().mean()
+        engine.step(loss, 0.1)
+    return [p.detach().numpy() for p in engine.model.parameters()]
+
+
+def reference(num_groups: int, clip: float | None) -> list[np.ndarray]:
+    """Plain torch on one process over whole batches."""
+    model = network()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    for images, targets in zip(IMAGES.chunk(num_groups), TARGETS.chunk(num_groups), strict=True):
+        sgd.zero_grad()
+        (model(images) - targets).square().mean().backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        sgd.step()
+    return [p.detach().numpy() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("options", "num_batches", "num_groups"),
+    [({}, 2, 2), ({"clip_norm": 0.1}, 2, 2), ({"accumulate": 2}, 4, 2), ({"accumulate": 3}, 2, 1)],
+)
+def test_ranks_batches_and_accumulation_give_the_gradient_of_the_whole(
+    size: int, options: dict[str, object], num_batches: int, num_groups: int
+) -> None:
+    clip = options.get("clip_norm")
+    expected = reference(num_groups, clip)  # type: ignore[arg-type]
+    for parameters in run_ranks(train, size, options, num_batches):
+        for got, want in zip(parameters, expected, strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_average_weights_follow_the_decay() -> None:
+    values = config().model_dump() | {"train": {"epochs": 1, "ema_decay": 0.9}}
+    engine = Engine(network(), Config.model_validate(values), World.single())
+    before = copy.deepcopy(engine.model)
+    engine.start_pass(2, 0)
+    weights = []
+    for _ in range(2):
+        engine.step((engine.forward(IMAGES).double() - TARGETS).square().mean(), 0.1)
+        weights.append(engine.model[0].weight.detach().clone())
+    # the first update copies the weights, each later one moves a tenth of the way
+    expected = 0.9 * weights[0] + 0.1 * weights[1]
+    assert engine.averaged is not None
+    torch.testing.assert_close(engine.averaged.module[0].weight, expected)
+    assert not torch.equal(before[0].weight, engine.model[0].weight)
+
+
+def buffers_after_a_pass(world: World) -> list[float]:
+    engine = Engine(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2)), config(), world)
+    engine.start_pass(1, 0)
+    engine.predict(torch.full((4, 3, 1, 1), float(world.rank)))
+    engine.finish_pass()
+    mean: list[float] = engine.model[0].running_mean.tolist()
+    return mean
+
+
+def test_batch_norm_statistics_are_averaged_at_the_end_of_a_pass() -> None:
+    for mean in run_ranks(buffers_after_a_pass, 3):
+        np.testing.assert_allclose(mean, [0.1 * 1.0] * 3, rtol=1e-6)
+
+
+def test_learning_rate_schedules() -> None:
+    step = config(lr=0.02, milestones=[5, 8], warmup_epochs=2).optim
+    assert [learning_rate(step, e, 10) for e in (0, 1, 2, 4.9, 5, 8)] == pytest.approx(
+        [0, 0.01, 0.02, 0.02, 0.002, 0.0002]
+    )
+    cosine = config(lr=0.4, schedule="cosine", min_lr=4e-4).optim
+    assert [learning_rate(cosine, e, 500) for e in (0, 250, 500)] == pytest.approx([0.4, 0.2002, 4e-4])

@@ -1,0 +1,171 @@
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from nldist.errors import UserError
+from nldist.models import Classifier, build_model, model_names
+
+
+def num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "millions", "num_features"),
+    [
+        ("preact_resnet18", 10, 11.17, 512),
+        ("resnet18_cifar", 10, 11.17, 512),
+        ("resnet18_cifar", 100, 11.22, 512),
+        ("resnet34_cifar", 10, 21.28, 512),
+        ("resnet50", 1000, 25.56, 2048),
+        ("inception_resnet_v2", 1000, 55.84, 1536),
+        ("vgg19_bn", 1000, 143.68, 4096),
+    ],
+)
+def test_published_numbers_of_parameters(name: str, num_classes: int, millions: float, num_features: int) -> None:
+    with torch.device("meta"):
+        model = build_model(name, num_classes)
+    assert num_parameters(model) / 1e6 == pytest.approx(millions, abs=0.006)
+    assert model.num_features == num_features
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("small_cnn", 8),
+        ("small_cnn", 33),
+        ("preact_resnet18", 32),
+        ("resnet18_cifar", 32),
+        ("resnet34_cifar", 16),
+        ("mobilenetv3_small_050", 64),
+    ],
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_logits_are_the_head_of_the_features(name: str, size: int, memory_format: torch.memory_format) -> None:
+    model = build_model(name, 7).to(memory_format=memory_format).eval()  # type: ignore[call-overload]
+    images = torch.randn(2, 3, size, size).contiguous(memory_format=memory_format)
+    features = model.features(images)
+    assert features.shape == (2, model.num_features)
+    assert model(images).shape == (2, 7)
+    torch.testing.assert_close(model(images), model.head(features))
+
+
+def test_channels_last_gives_the_same_logits() -> None:
+    images = torch.randn(4, 3, 32, 32)
+    for name in ("small_cnn", "preact_resnet18", "resnet18_cifar"):
+        model = build_model(name, 5).eval()
+        expected = model(images)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        got = model(images.contiguous(memory_format=torch.channels_last))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_norm_follows_the_mode() -> None:
+    images = torch.randn(16, 3, 8, 8)
+    model = build_model("small_cnn", 3)
+    buffers = {key: value.clone() for key, value in model.named_buffers()}
+    model.eval()
+    assert torch.allclose(model(images[:1]), model(images)[:1], atol=1e-6)
+    assert all(torch.equal(value, buffers[key]) for key, value in model.named_buffers())
+    model.train()
+    assert not torch.allclose(model(images[:8])[:1], model(images)[:1], atol=1e-4)
+    assert not all(torch.equal(value, buffers[key]) for key, value in model.named_buffers())
+
+
+def test_preact_resnet18_is_dividemixs_variant() -> None:
+    backbone = build_model("preact_resnet18", 10).backbone
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) == 1 + 8 * 2  # one behind the stem, two in each block, none at the end or in shortcuts
+    backbone.eval()
+    features = backbone(torch.randn(8, 3, 32, 32))
+    assert features.min() < 0  # no ReLU before the pooling
+
+
+def test_small_cnn_learns() -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(64) % 4
+    images = torch.randn(64, 3, 8, 8) * 0.5
+    for label in range(4):
+        images[labels == label, :, label * 2 : label * 2 + 2] += 1
+    model = build_model("small_cnn", 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(15):
+        loss = nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert loss < 0.1
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("resnet_50", "resnet50"), ("smallcnn", "small_cnn")])
+def test_an_unknown_name_gets_the_nearest_ones(wrong: str, right: str) -> None:
+    assert right in model_names()
+    with pytest.raises(UserError, match=rf"{wrong}.*\b{right}\b"):
+        build_model(wrong, 10)
+
+
+def same_weights(model: nn.Module, other: nn.Module) -> bool:
+    state = other.state_dict()
+    return all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_pretrained_classifier(tmp_path: Path, suffix: str) -> None:
+    source = build_model("small_cnn", 6)
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pt":
+        torch.save({"state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}, "epoch": 3}, path)
+    else:
+        save_file(source.state_dict(), path)
+    assert same_weights(build_model("small_cnn", 6, pretrained=path), source)
+    other = build_model("small_cnn", 9, pretrained=path)
+    assert same_weights(other.backbone, source.backbone)
+    assert other.head.out_features == 9
+
+
+def test_pretrained_timm_checkpoint(tmp_path: Path) -> None:
+    source = timm.create_model("resnet10t", num_classes=12, pretrained=False)
+    torch.save(source.state_dict(), tmp_path / "r.pth")
+    images = torch.randn(2, 3, 64, 64)
+    model = build_model("resnet10t", 12, pretrained=tmp_path / "r.pth").eval()
+    torch.testing.assert_close(model(images), source.eval()(images))
+    fewer = build_model("resnet10t", 5, pretrained=tmp_path / "r.pth").eval()
+    torch.testing.assert_close(fewer.features(images), model.features(images))
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(build_model("preact_resnet18", 10).state_dict(), path)
+    with pytest.raises(UserError, match=r"lacks stages\.0\.0\.weight.*and \d+ more"):
+        build_model("small_cnn", 10, pretrained=path)
+    state = build_model("small_cnn", 10).state_dict()
+    state["backbone.stages.1.1.weight"] = torch.zeros(3)
+    torch.save(state, path)
+    with pytest.raises(UserError, match=r"other shapes for stages\.1\.1\.weight"):
+        build_model("small_cnn", 10, pretrained=path)
+
+
+class Foreign:
+    """Something that only an unsafe unpickler would build."""
+
+
+@pytest.mark.parametrize("content", ["missing", "pickle", "garbage", "list", "bad safetensors"])
+def test_an_unreadable_checkpoint_is_a_user_error(tmp_path: Path, content: str) -> None:
+    path = tmp_path / ("weights.safetensors" if "safetensors" in content else "weights.pt")
+    if content == "pickle":
+        torch.save({"state_dict": Foreign()}, path)
+    elif content == "list":
+        torch.save([torch.zeros(2)], path)
+    elif content != "missing":
+        path.write_bytes(b"no weights in here")
+    with pytest.raises(UserError, match=r"weights\."):
+        build_model("small_cnn", 10, pretrained=path)
+
+
+def test_classifier_takes_any_backbone() -> None:
+    model = Classifier(nn.Flatten(), 12, 3)
+    assert model(torch.randn(5, 3, 2, 2)).shape == (5, 3)

@@ -1,0 +1,275 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from nldist.config import Config, load_config
+from nldist.data.views import View
+from nldist.errors import UserError
+from nldist.models.build import model_names
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FRAGMENTS = sorted(path for folder in ("data", "method") for path in (CONFIGS / folder).glob("*.yaml"))
+RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path not in FRAGMENTS)
+
+# A whole run, as small as it gets.
+SMALL: dict[str, Any] = {
+    "data": {"root": "somewhere"},
+    "views": {"train": [{"op": "flip"}], "eval": []},
+    "train": {"epochs": 20},
+}
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(CONFIGS).with_suffix(""))
+
+
+def write(path: Path, values: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return path
+
+
+def complaint(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    assert "\n" not in str(caught.value), "an error is one line"
+    return str(caught.value)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    return write(tmp_path / "small.yaml", SMALL)
+
+
+# The configurations of the project
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name)
+def test_every_run_loads_and_its_yaml_reads_back_the_same(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    assert config.model.name in model_names()
+    assert load_config(write(tmp_path / "again.yaml", config.to_yaml())) == config
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name)
+def test_the_views_of_every_run_make_square_images_of_one_size(path: Path) -> None:
+    config = load_config(path)
+    side = {"demo": 8, "cifar10": 32, "cifar100": 32, "animal10n": 64}.get(name(path).split("/")[0])
+    sizes = torch.tensor([[side, side]] * 2 if side else [[300, 260], [240, 400]])
+    images = torch.zeros(2, 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
+    shapes = {
+        View(ops, config.data.mean, config.data.std)(images, sizes, torch.arange(2), (0, 0, 0)).shape
+        for ops in (config.views.train, config.views.eval)
+    }
+    assert len(shapes) == 1
+    assert len(set(shapes.pop()[2:])) == 1
+
+
+def test_no_two_runs_share_a_directory() -> None:
+    places = [load_config(path).run.dir for path in RUNS]
+    assert len(set(places)) == len(places)
+
+
+def test_every_fragment_is_included_by_a_run() -> None:
+    def included(path: Path) -> set[Path]:
+        includes = yaml.safe_load(path.read_text()).get("include", [])
+        files = {(path.parent / file).resolve() for file in ([includes] if isinstance(includes, str) else includes)}
+        return files.union(*map(included, files))
+
+    assert set(FRAGMENTS) <= set[Path]().union(*map(included, RUNS))
+
+
+# DivideMix, appendix table: lambda_u; 4.1: tau, warm-up; 3.1: the penalty; history: authors' code.
+@pytest.mark.parametrize(
+    ("run", "lambda_u", "tau", "warmup", "penalty", "history"),
+    [
+        ("cifar10/dividemix-sym20", 0, 0.5, 10, False, 1),
+        ("cifar10/dividemix-sym50", 25, 0.5, 10, False, 1),
+        ("cifar10/dividemix-sym80", 25, 0.5, 10, False, 1),
+        ("cifar10/dividemix-sym90", 50, 0.6, 10, False, 5),
+        ("cifar10/dividemix-asym40", 0, 0.5, 10, True, 1),
+        ("cifar100/dividemix-sym20", 25, 0.5, 30, False, 1),
+        ("cifar100/dividemix-sym50", 150, 0.5, 30, False, 1),
+        ("cifar100/dividemix-sym80", 150, 0.5, 30, False, 1),
+        ("cifar100/dividemix-sym90", 150, 0.6, 30, False, 5),
+    ],
+)
+def test_published_values_on_cifar(
+    run: str, lambda_u: float, tau: float, warmup: int, penalty: bool, history: int
+) -> None:
+    config = load_config(CONFIGS / f"{run}.yaml")
+    divide, optim = config.method.dividemix, config.optim
+    assert (divide.lambda_u, divide.tau, divide.warmup_epochs) == (lambda_u, tau, warmup)
+    assert (divide.warmup_penalty, config.method.mixture.history) == (penalty, history)
+    assert (divide.alpha, divide.temperature, divide.form) == (4, 0.5, "cifar")
+    assert config.data.label_set == run.rpartition("-")[2]
+    assert (config.train.epochs, config.train.batch_size) == (300, 128)
+    assert (optim.lr, optim.momentum, optim.weight_decay, optim.milestones) == (0.02, 0.9, 5e-4, [150])
+
+
+@pytest.mark.parametrize(
+    ("run", "lr", "weight_decay", "milestones", "epochs", "penalty", "reg_covar", "subset"),
+    [
+        ("webvision/mini-dividemix", 0.01, 5e-4, [50], 100, False, 1e-3, None),
+        ("clothing1m/dividemix", 0.002, 1e-3, [40], 80, True, 5e-4, 32_000),
+    ],
+)
+def test_published_values_on_real_noise(
+    run: str,
+    lr: float,
+    weight_decay: float,
+    milestones: list[int],
+    epochs: int,
+    penalty: bool,
+    reg_covar: float,
+    subset: int | None,
+) -> None:
+    config = load_config(CONFIGS / f"{run}.yaml")
+    divide, optim = config.method.dividemix, config.optim
+    assert (optim.lr, optim.weight_decay, optim.milestones) == (lr, weight_decay, milestones)
+    assert (config.train.epochs, config.train.batch_size) == (epochs, 64)
+    assert (divide.form, divide.alpha, divide.tau, divide.warmup_epochs) == ("real", 0.5, 0.5, 1)
+    assert (divide.warmup_penalty, divide.subset, config.method.mixture.reg_covar) == (penalty, subset, reg_covar)
+
+
+def test_the_full_runs_differ_from_the_published_ones_only_where_they_say_so() -> None:
+    def differing(one: str, other: str) -> set[str]:
+        first, second = (load_config(CONFIGS / f"{run}.yaml").flat() for run in (one, other))
+        return {key for key in first if first[key] != second[key]}
+
+    assert differing("clothing1m/dividemix", "clothing1m/dividemix-full") == {
+        *("run.dir", "optim.milestones", "train.epochs", "train.autocast", "method.dividemix.subset"),
+    }
+    assert differing("webvision/mini-dividemix", "webvision/full-dividemix") == {
+        *("run.dir", "data.root", "data.window", "optim.lr", "optim.warmup_epochs", "optim.milestones"),
+        *("train.epochs", "train.autocast", "method.dividemix.warmup_epochs"),
+    }
+
+
+# Includes and overrides
+
+
+def test_a_later_include_wins_over_an_earlier_one_and_the_file_over_both(tmp_path: Path) -> None:
+    write(tmp_path / "parts" / "base.yaml", SMALL | {"optim": {"lr": 0.1, "momentum": 0.5, "milestones": [1, 2]}})
+    write(tmp_path / "parts" / "more.yaml", {"optim": {"lr": 0.2, "milestones": [3]}})
+    run = write(tmp_path / "run.yaml", {"include": ["parts/base.yaml", "parts/more.yaml"], "train": {"epochs": 12}})
+    config = load_config(run, ["optim.momentum=0.7"])
+    assert (config.optim.lr, config.optim.momentum, config.train.epochs) == (0.2, 0.7, 12)
+    assert config.optim.milestones == [3], "a list is replaced, not joined"
+
+
+def test_an_include_is_relative_to_the_file_that_says_it(tmp_path: Path) -> None:
+    write(tmp_path / "parts" / "deep" / "data.yaml", SMALL)
+    write(tmp_path / "parts" / "base.yaml", {"include": "deep/data.yaml"})
+    assert load_config(write(tmp_path / "run.yaml", {"include": "parts/base.yaml"})).train.epochs == 20
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.window=whole", None),
+        ("data.window=100", 100),
+        ("data.window=null", None),
+    ],
+)
+def test_the_window_may_be_whole(small: Path, override: str, expected: int | None) -> None:
+    assert load_config(small, [override]).data.window == expected
+
+
+def test_overrides_are_read_as_yaml(small: Path) -> None:
+    config = load_config(
+        small, ["optim.lr=5e-4", "optim.milestones=[3, 4]", "data.label_set=null", "views.eval=[{op: flip, p: 0.0}]"]
+    )
+    assert (config.optim.lr, config.optim.milestones, config.data.label_set) == (5e-4, [3, 4], None)
+    assert config.views.eval[0].op == "flip"
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("train.epoch=3", "train.epochs"),
+        ("optim.learning_rate=0.1", "optim."),
+        ("method.dividemix.lamda_u=5", "method.dividemix.lambda_u"),
+        ("tain.epochs=3", "train"),
+    ],
+)
+def test_an_unknown_key_gets_the_nearest_right_one(small: Path, override: str, nearest: str) -> None:
+    text = complaint(small, override)
+    assert f"is not a setting; did you mean {nearest}" in text
+    assert str(small) in text
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.epochs=0", "train.epochs=0: Input should be greater than or equal to 1"),
+        ("train.epochs=many", "train.epochs='many'"),
+        ("train.autocast=fp16", "'off' or 'bf16'"),
+        ("method.name=dividemax", "'dividemix'"),
+        ("method.dividemix.warmup_epochs=21", "more than train.epochs=20"),
+        ("views.train=[{op: twirl}]", "'flip'"),
+        ("data.window=some", "data.window='some'"),
+        ("track=", "track"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_right(small: Path, override: str, words: str) -> None:
+    assert words in complaint(small, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.epochs", "must look like train.epochs=10"),
+        ("=3", "must look like train.epochs=10"),
+        ("data.root.place=x", "root is a value, not a section"),
+    ],
+)
+def test_a_malformed_override_is_refused(small: Path, override: str, words: str) -> None:
+    assert words in complaint(small, override)
+
+
+def test_a_missing_setting_is_asked_for(tmp_path: Path) -> None:
+    text = complaint(write(tmp_path / "run.yaml", SMALL | {"train": {"batch_size": 8}}))
+    assert "train.epochs is missing; set it in the file or as train.epochs=..." in text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"include": "absent.yaml"}, "absent.yaml cannot be read: No such file"),
+        ({"include": "run.yaml"}, "run.yaml includes itself"),
+        ("train: {epochs: 3", "is not valid YAML"),
+        ("- 1\n- 2\n", "must hold sections such as 'data:' and 'train:', not list"),
+        ("", "must hold sections"),
+        ("run: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, content: Any, words: str) -> None:
+    assert words in complaint(write(tmp_path / "run.yaml", content))
+
+
+def test_a_cycle_of_includes_is_found(tmp_path: Path) -> None:
+    for first, second in ("ab", "bc", "ca"):
+        write(tmp_path / f"{first}.yaml", {"include": f"{second}.yaml"})
+    assert "a.yaml includes itself, by way of a.yaml -> b.yaml -> c.yaml" in complaint(tmp_path / "a.yaml")
+
+
+def test_one_file_may_be_included_twice(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", SMALL)
+    for middle in "ab":
+        write(tmp_path / f"{middle}.yaml", {"include": "base.yaml"})
+    run = write(tmp_path / "run.yaml", {"include": ["a.yaml", "b.yaml"]})
+    assert load_config(run).train.epochs == 20
+
+
+def test_a_configuration_is_fixed_once_read(small: Path) -> None:
+    config = load_config(small)
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.epochs = 3
+    assert isinstance(config, Config)

@@ -1,0 +1,427 @@
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nldist import track
+from nldist.errors import UserError
+from nldist.jsonl import read_lines, to_number
+from nldist.mlflow_store import resolve_uri, valid_name
+from nldist.mlflow_sync import Sender
+from nldist.track import NullTracker, Tracker, flatten, sync
+
+PARAMS = {"method": {"name": "dividemix", "lambda_u": 25.0, "views": [{"crop": 32}]}, "seed": None}
+
+
+def make_tracker(run_dir: Path, uri: str | None, **options: Any) -> Tracker:
+    return Tracker(run_dir, uri=uri, experiment="tests", run_name=run_dir.name, params=PARAMS, **options)
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    def refuse(word: str) -> float:
+        raise AssertionError(f"{word} is not JSON")
+
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def client(uri: str) -> Any:
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def points_in_mlflow(uri: str, run_id: str) -> dict[str, list[tuple[int, int, float]]]:
+    store = client(uri)
+    names = [name for name in store.get_run(run_id).data.metrics if not name.startswith("system/")]
+    return {
+        name: sorted((m.step, m.timestamp, m.value) for m in store.get_metric_history(run_id, name)) for name in names
+    }
+
+
+def points_in_lines(run_dir: Path) -> dict[str, list[tuple[int, int, float]]]:
+    points: dict[str, list[tuple[int, int, float]]] = {}
+    for record in records(run_dir):
+        for name in record.keys() - {"time", "kind", "epoch", "step"}:
+            if (value := to_number(record[name])) is not None:
+                points.setdefault(name, []).append((record["step"], round(record["time"] * 1000), value))
+    return {name: sorted(rows) for name, rows in points.items()}
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 90) -> Any:
+    limit = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < limit, "nothing happened"
+        time.sleep(0.05)
+    return value
+
+
+def gone(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+# The record: JSON lines
+
+
+def test_lines_hold_every_value_in_strict_json(tmp_path: Path) -> None:
+    tracker = make_tracker(tmp_path, None)
+    tracker.log({"loss": np.float32(0.5), "note": "a", "auc": None, "n": 3}, epoch=1, step=7)
+    tracker.log({"a": math.nan, "b": math.inf, "c": -math.inf}, epoch=1, step=8)
+    tracker.end("FINISHED")
+    tracker.end("FINISHED")
+    first, second = records(tmp_path)
+    assert abs(first.pop("time") - time.time()) < 600
+    assert first == {"kind": "step", "epoch": 1, "step": 7, "loss": 0.5, "note": "a", "auc": None, "n": 3}
+    assert (second["a"], second["b"], second["c"]) == ("NaN", "Infinity", "-Infinity")
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+    assert tracker.mlflow_run_id is None
+    assert tracker.open_command is None
+
+
+def test_a_resumed_run_writes_no_record_twice(tmp_path: Path) -> None:
+    def steps(tracker: Tracker, first: int, last: int) -> None:
+        for step in range(first, last):
+            tracker.log({"loss": float(step)}, epoch=step // 4, step=step)
+            if step % 4 == 3:
+                tracker.log({"accuracy": step / 10}, epoch=step // 4, step=step, kind="epoch")
+
+    whole, resumed = make_tracker(tmp_path / "whole", None), make_tracker(tmp_path / "resumed", None)
+    steps(whole, 0, 12)
+    steps(resumed, 0, 8)
+    with (tmp_path / "resumed/metrics.jsonl").open("r+b") as file:
+        file.truncate(file.seek(0, 2) - 5)  # killed inside the last write: the epoch's record at step 7
+    steps(make_tracker(tmp_path / "resumed", None), 4, 12)
+
+    def content(name: str) -> list[dict[str, Any]]:
+        return [{k: v for k, v in record.items() if k != "time"} for record in records(tmp_path / name)]
+
+    assert content("resumed") == content("whole")
+    assert len(content("whole")) == 15
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"a": 1', b"x" * 200_000])
+def test_a_torn_last_line_is_cut_off(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = b'{"time": 1.0, "kind": "step", "epoch": 0, "step": 0, "x": 1}\n'
+    for start in (whole, b""):
+        path.write_bytes(start + torn)
+        make_tracker(tmp_path, None).end("FINISHED")
+        assert path.read_bytes() == start
+
+
+def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b"\0\0\0\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: the line at byte 0"):
+        make_tracker(tmp_path, None)
+
+
+def test_values_cannot_take_the_names_of_the_head(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'epoch'"):
+        make_tracker(tmp_path, None).log({"epoch": 1.0}, epoch=0, step=0)
+
+
+def test_the_null_tracker_has_the_same_interface_and_does_nothing(tmp_path: Path) -> None:
+    tracker: Tracker = NullTracker()
+    tracker.log({"loss": 1.0}, epoch=0, step=0)
+    tracker.artifact(tmp_path / "none")
+    tracker.set_tags({"a": 1})
+    tracker.end("FAILED", timeout_seconds=1)
+    assert (tracker.mlflow_run_id, tracker.open_command) == (None, None)
+    public = {name for name in vars(Tracker) if not name.startswith("_")}
+    assert public - {"open_command"} <= vars(NullTracker).keys()
+
+
+def test_flatten_gives_dotted_names() -> None:
+    assert dict(flatten({**PARAMS, "empty": {}, "flag": True})) == {
+        "method.name": "dividemix",
+        "method.lambda_u": "25.0",
+        "method.views": '[{"crop": 32}]',
+        "seed": "null",
+        "empty": "{}",
+        "flag": "true",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "valid"),
+    [
+        ("train/loss", "train/loss"),
+        ("acc/T-shirt & top", "acc/T-shirt _ top"),
+        ("/a//../b", "a/b"),
+        ("é%", "é_"),
+    ],
+)
+def test_names_become_what_mlflow_takes(name: str, valid: str) -> None:
+    from mlflow.utils.validation import _validate_metric_name
+
+    assert valid_name(name) == valid
+    _validate_metric_name(valid)
+    _validate_metric_name(valid_name("x/" * 300))
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/mlruns", "sqlite:/x.db", ""])
+def test_a_uri_without_a_store_is_refused(tmp_path: Path, uri: str) -> None:
+    with pytest.raises(UserError, match="MLflow store"):
+        make_tracker(tmp_path, uri)
+
+
+def test_a_relative_sqlite_file_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_uri("sqlite:///a/mlflow.db") == f"sqlite:///{tmp_path}/a/mlflow.db"
+
+
+# MLflow with a SQLite store
+
+
+def test_mlflow_gets_all_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(track, "SYSTEM_SECONDS", 0.1)
+    run_dir, uri = tmp_path / "runs/a", f"sqlite:///{tmp_path}/runs/mlflow.db"
+    tracker = make_tracker(run_dir, uri, system_metrics=True)
+    many = {f"class/{k}": k / 7 for k in range(1100)}  # more than one batch holds
+    for step in range(4):
+        tracker.log({"loss": step / 3, "text": "a", "none": None, **many}, epoch=0, step=step)
+    tracker.log({"bad": math.nan}, epoch=0, step=4)
+    (run_dir / "config.yaml").write_text("seed: 1\n")
+    tracker.artifact(run_dir / "config.yaml")
+    tracker.artifact(run_dir / "config.yaml", "again/here")
+    tracker.artifact(run_dir / "lost.png")
+    tracker.set_tags({"dataset": "digits", "long": "x" * 9000})
+    wait_for(lambda: tracker.mlflow_run_id)
+    assert tracker._sender is not None
+    os.kill(tracker._sender.pid, signal.SIGTERM)  # a scheduler's warning is not for the sender
+    wait_for(lambda: any(read_lines(run_dir / "system.jsonl")))
+    tracker.end("FINISHED")
+
+    run_id = tracker.mlflow_run_id
+    assert run_id is not None
+    run = client(uri).get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "a"
+    assert run.info.end_time >= run.info.start_time
+    assert run.data.params == dict(flatten(PARAMS))
+    assert run.data.tags["dataset"] == "digits"
+    assert run.data.metrics["system/cpu_utilization_percentage"] >= 0
+    sent, written = points_in_mlflow(uri, run_id), points_in_lines(run_dir)
+    assert math.isnan(sent.pop("bad")[0][2])
+    assert math.isnan(written.pop("bad")[0][2])
+    assert sent == written
+    assert len(sent) == 1101
+    copies = [path.relative_to(tmp_path / "runs") for path in tmp_path.rglob("config.yaml")]
+    folder = Path("mlartifacts/tests") / run_id / "artifacts"
+    assert set(copies) == {Path("a/config.yaml"), folder / "config.yaml", folder / "again/here/config.yaml"}
+    assert sorted(os.listdir(tmp_path / "runs")) == ["a", "mlartifacts", "mlflow.db"]
+    assert os.listdir(tmp_path) == ["runs"]
+    assert tracker.open_command == f"mlflow ui --backend-store-uri {uri}"
+
+
+KILLED = """
+import os, sys, signal, time
+from pathlib import Path
+from nldist.track import Tracker
+run_dir, uri = Path(sys.argv[1]), sys.argv[2]
+tracker = Tracker(run_dir, uri=uri, experiment="tests", run_name="k", params={"epochs": 2, "seed": 1})
+print(tracker._sender.pid, flush=True)
+step = 0
+while True:
+    tracker.log({"loss": step * 0.5}, epoch=0, step=step)
+    step += 1
+    time.sleep(0.002)
+    if step >= 50 and tracker.mlflow_run_id:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_run_goes_on_with_its_mlflow_run(tmp_path: Path) -> None:
+    run_dir, uri = tmp_path / "k", f"sqlite:///{tmp_path}/mlflow.db"
+    killed = subprocess.run([sys.executable, "-c", KILLED, run_dir, uri], stdout=subprocess.PIPE, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    wait_for(lambda: gone(int(killed.stdout)))
+    run_id = json.loads((run_dir / ".mlflow.json").read_text())["run_id"]
+    last = records(run_dir)[-1]["step"]
+
+    tracker = Tracker(run_dir, uri=uri, experiment="tests", run_name="k", params={"epochs": 3, "seed": 1, "new": "x"})
+    for step in range(last - 20, last + 30):
+        tracker.log({"loss": step * 0.5}, epoch=1, step=step)
+    tracker.end("FAILED")
+    assert tracker.mlflow_run_id == run_id
+    assert [record["step"] for record in records(run_dir)] == list(range(last + 30))
+    store = client(uri)
+    (run,) = store.search_runs([store.get_experiment_by_name("tests").experiment_id])
+    assert (run.info.run_id, run.info.status) == (run_id, "FAILED")
+    assert run.data.params == {"epochs": "2", "seed": "1", "new": "x"}
+    assert run.data.tags["changed.epochs"] == "3"
+    assert points_in_mlflow(uri, run_id) == points_in_lines(run_dir)
+
+
+def test_jobs_that_start_together_share_a_new_store(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/new/mlflow.db"
+    trackers = [make_tracker(tmp_path / name, uri) for name in "ab"]
+    for tracker in trackers:
+        tracker.log({"loss": 1.0}, epoch=0, step=0)
+    for tracker in trackers:
+        tracker.end("FINISHED")
+    store = client(uri)
+    runs = store.search_runs([store.get_experiment_by_name("tests").experiment_id])
+    assert sorted((run.info.run_name, run.info.status) for run in runs) == [(n, "FINISHED") for n in "ab"]
+    assert {run.info.run_id for run in runs} == {tracker.mlflow_run_id for tracker in trackers}
+    assert all(run.data.metrics == {"loss": 1.0} for run in runs)
+    assert os.listdir(tmp_path / "new") == ["mlflow.db"]
+
+
+# MLflow with a server
+
+
+# What `mlflow server` serves. The slow import is done once, then every start is a fork.
+SERVER = """
+import os, signal, sys
+from mlflow import server
+folder, port = sys.argv[1], int(sys.argv[2])
+os.environ[server.BACKEND_STORE_URI_ENV_VAR] = f"sqlite:///{folder}/m.db"
+os.environ[server.ARTIFACT_ROOT_ENV_VAR] = "mlflow-artifacts:/"
+os.environ[server.ARTIFACTS_DESTINATION_ENV_VAR] = f"{folder}/artifacts"
+os.environ[server.SERVE_ARTIFACTS_ENV_VAR] = "true"
+child = 0
+for command in sys.stdin:
+    if command == "start\\n":
+        child = os.fork()
+        if child == 0:
+            server.app.run("127.0.0.1", port)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+"""
+
+
+class Server:
+    """A tracking server on a port of this machine, over a SQLite file that outlives it."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._running = False
+        with (folder / "server.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", SERVER, folder, str(self.port)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"},
+            )
+
+    def start(self) -> None:
+        self._command(b"start\n")
+        self._running = True
+        wait_for(self._answers)
+
+    def kill(self) -> None:
+        if self._running:
+            self._command(b"kill\n")
+            self._running = False
+            wait_for(lambda: not self._answers())
+
+    def close(self) -> None:
+        self.kill()
+        self._process.communicate()
+
+    def _command(self, command: bytes) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(command)
+        self._process.stdin.flush()
+
+    def _answers(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    folder = tmp_path / "server"
+    folder.mkdir()
+    server = Server(folder)
+    yield server
+    server.close()
+
+
+def test_a_server_that_is_away_neither_stops_nor_slows_a_run(
+    tmp_path: Path, server: Server, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    mute, cut = tmp_path / "mute", tmp_path / "cut"
+
+    # A server that takes connections and never answers: the run ends without it.
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", server.port))
+        listener.listen()
+        tracker = make_tracker(mute, server.uri)
+        connection, _ = listener.accept()
+        for step in range(200):
+            tracker.log({"loss": step / 3}, epoch=0, step=step)
+        assert len(records(mute)) == 200  # all written while the sender hangs in its first request
+        (mute / "config.yaml").write_text("seed: 1\n")
+        tracker.artifact(mute / "config.yaml")
+        with caplog.at_level(logging.WARNING):
+            tracker.end("KILLED", timeout_seconds=0.5)
+        connection.close()
+    assert tracker.mlflow_run_id is None
+    (warning,) = caplog.records
+    assert warning.getMessage().endswith(f"send the rest later: nldist sync {mute}")
+    with pytest.raises(UserError, match=r"MLflow did not take the records: .*[Cc]onnection"):
+        sync(mute)
+
+    # A server that dies in the middle of a run and comes back before its end.
+    server.start()
+    tracker = make_tracker(cut, server.uri)
+    tracker.log({"loss": 0.0}, epoch=0, step=0)
+    run_id = wait_for(lambda: tracker.mlflow_run_id)
+    wait_for(lambda: json.loads((cut / ".mlflow.json").read_text())["offsets"].get("metrics.jsonl"))
+    server.kill()
+    for step in range(1, 300):
+        tracker.log({"loss": step / 3, "lr": 0.1}, epoch=0, step=step)
+    noise = wait_for(lambda: capfd.readouterr().err)
+    assert noise.count("does not take the records") == 1
+    server.start()
+    for step in range(300, 400):
+        tracker.log({"loss": step / 3}, epoch=0, step=step)
+    tracker.end("FINISHED")
+    assert len(noise.splitlines()) == 1
+    assert "is back and up to date" in capfd.readouterr().err
+    assert tracker.mlflow_run_id == run_id
+    assert points_in_mlflow(server.uri, run_id) == points_in_lines(cut)
+    assert client(server.uri).get_run(run_id).info.status == "FINISHED"
+
+    # The first run is sent now; sending all of it once more changes nothing.
+    sync(mute)
+    (mute / ".mlflow.json").write_bytes(b"")
+    Sender(mute).send()
+    store = client(server.uri)
+    runs = store.search_runs([store.get_experiment_by_name("tests").experiment_id])
+    assert sorted(run.info.run_name for run in runs) == ["cut", "mute"]
+    (run,) = (run for run in runs if run.info.run_name == "mute")
+    assert run.info.status == "KILLED"
+    assert points_in_mlflow(server.uri, run.info.run_id) == points_in_lines(mute)
+    assert [file.path for file in store.list_artifacts(run.info.run_id)] == ["config.yaml"]
+
+
+def test_sync_needs_a_tracked_run(tmp_path: Path) -> None:
+    make_tracker(tmp_path, None).end("FINISHED")
+    with pytest.raises(UserError, match="holds no run that was tracked"):
+        sync(tmp_path)

@@ -1,0 +1,177 @@
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from tests.jobs import output, run_job
+
+# A warm-up epoch and two of DivideMix, with checkpoints so frequent that a kill falls between any two of them.
+SHORT = ("train.epochs=3", "method.dividemix.warmup_epochs=1", "train.checkpoint_every_steps=5")
+
+
+def weights(run_dir: Path) -> list[dict[str, torch.Tensor]]:
+    networks: list[dict[str, torch.Tensor]] = torch.load(run_dir / "weights" / "last.pt", weights_only=True)["networks"]
+    return networks
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    for network, same in zip(weights(one), weights(other), strict=True):
+        for name, value in network.items():
+            assert torch.equal(value, same[name]), f"{name} differs"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert run_job(run_dir, f"data.root={digits}", *SHORT, world_size=2) == [0, 0]
+    return run_dir
+
+
+def test_killed_at_ten_random_steps_ends_with_the_same_weights(undisturbed: Path, digits: Path, tmp_path: Path) -> None:
+    random.seed(7)
+    run_dir = tmp_path / "run"
+    for _ in range(10):
+        victim = random.randrange(2)
+        codes = run_job(run_dir, f"data.root={digits}", *SHORT, world_size=2, kill=(victim, random.randint(1, 25)))
+        assert codes[victim] == -9
+        assert codes[1 - victim] == 1, "the other rank must end, not wait"
+    assert run_job(run_dir, f"data.root={digits}", *SHORT, world_size=2) == [0, 0]
+    assert output(run_dir).count("resumed from") >= 9
+    assert_same_weights(undisturbed, run_dir)
+    assert epoch_records(run_dir) == epoch_records(undisturbed)
+
+
+def epoch_records(run_dir: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    timed = ("time", "images_per_second", "data_wait_share")
+    return [
+        {name: value for name, value in record.items() if not name.endswith(timed)}
+        for record in records
+        if record["kind"] == "epoch"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [
+        (3, ("method.dividemix.peers=sequential", "data.num_workers=1", "method.mixture.history=3")),
+        (1, ("optim.accumulate=3", "train.ema_decay=0.9", "method.dividemix.form=real", "method.dividemix.subset=500")),
+    ],
+)
+def test_resume_is_exact_with_every_kind_of_state(
+    world_size: int, options: tuple[str, ...], digits: Path, tmp_path: Path
+) -> None:
+    arguments = (f"data.root={digits}", *SHORT, *options)
+    assert run_job(tmp_path / "whole", *arguments, world_size=world_size) == [0] * world_size
+    steps = (20, 40, 25) if world_size == 3 else (30, 70, 50)
+    for step in steps:
+        assert run_job(tmp_path / "cut", *arguments, world_size=world_size, kill=(world_size - 1, step))[-1] == -9
+    assert run_job(tmp_path / "cut", *arguments, world_size=world_size) == [0] * world_size
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(undisturbed: Path, digits: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = (f"data.root={digits}", *SHORT, "train.checkpoint_every_steps=0")
+    assert run_job(run_dir, *arguments, world_size=2, stop=(1, 37)) == [143, 143]
+    assert "stopped at e0001" in output(run_dir)
+    assert run_job(run_dir, *arguments, world_size=2) == [0, 0]
+    assert_same_weights(undisturbed, run_dir)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_another_world_size_goes_on_from_the_last_whole_epoch(world_size: int, digits: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = (f"data.root={digits}", *SHORT)
+    assert run_job(run_dir, *arguments, world_size=2, kill=(0, 40))[0] == -9
+    assert run_job(run_dir, *arguments, world_size=world_size) == [0] * world_size
+    assert "resumed from e0001-p00-s000000000" in output(run_dir)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["epochs"], summary["world_size"]) == (3, world_size)
+
+
+def test_a_run_leaves_what_scripts_and_people_read(undisturbed: Path) -> None:
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary["method"] == "dividemix"
+    assert summary["label_set"] == "sym50"
+    assert summary["world_size"] == 2
+    accuracies = [record["accuracy"] for record in epoch_records(undisturbed)]
+    assert summary["accuracy"] == {
+        "best": max(accuracies),
+        "last": pytest.approx(np.mean(accuracies)),
+        "final": accuracies[-1],
+    }
+    assert summary["split"]["auc"] > 0.7
+    assert summary["images_per_second"] > 0
+    samples = pq.read_table(undisturbed / "tables" / "samples.parquet").to_pydict()
+    assert samples["id"] == list(range(1437))
+    wrong = np.mean(np.array(samples["clean_probability"]) < 0.5)
+    assert 0.3 < wrong < 0.7
+    assert (undisturbed / "plots" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_rank_that_fails_ends_the_run_with_its_own_error(digits: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    codes = run_job(run_dir, f"data.root={digits}", *SHORT, "optim.lr=1e6", "optim.schedule=step", world_size=2)
+    assert 0 not in codes
+    logs = output(run_dir, 0) + output(run_dir, 1)
+    assert "lower optim.lr" in logs
+    assert "Traceback" not in logs
+
+
+def test_other_settings_in_the_same_directory_are_refused(undisturbed: Path, digits: Path) -> None:
+    assert run_job(undisturbed, f"data.root={digits}", *SHORT, "optim.lr=0.5", world_size=2)[0] == 2
+    assert "optim.lr (0.02 -> 0.5)" in output(undisturbed)
+
+
+def test_a_finished_run_is_not_trained_again(undisturbed: Path, digits: Path) -> None:
+    before = (undisturbed / "weights" / "last.pt").read_bytes()
+    assert run_job(undisturbed, f"data.root={digits}", *SHORT, world_size=2) == [0, 0]
+    assert "nothing to do" in output(undisturbed)
+    assert (undisturbed / "weights" / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("method", ["cross_entropy", "mixup"])
+def test_the_other_methods_learn(method: str, digits: Path, tmp_path: Path) -> None:
+    arguments = (f"data.root={digits}", "data.label_set=clean", f"method.name={method}", "train.epochs=4")
+    assert run_job(tmp_path / "run", *arguments) == [0]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["method"] == method
+    assert summary["accuracy"]["final"] > 90
+    assert summary["split"] is None
+
+
+def test_torchrun_evaluate_and_mlflow(digits: Path, tmp_path: Path) -> None:
+    """The commands as a user types them, with the sqlite store."""
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "nldist.cli"]
+    command += ["train", "configs/demo.yaml", f"data.root={digits}", f"run.dir={run_dir}", "train.epochs=2"]
+    command += ["method.dividemix.warmup_epochs=1", "track.histogram_every=1", "dist.num_threads=1"]
+    subprocess.run(command, check=True, timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-m", "nldist.cli", "evaluate", str(run_dir)], check=True, capture_output=True, text=True
+    )
+    summary = json.loads((run_dir / "summary.json").read_text())
+    evaluation = json.loads(result.stdout)
+    assert evaluation["accuracy"] == pytest.approx(summary["accuracy"]["final"], abs=0.3)
+    assert evaluation["num_evaluated"] == 360
+
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "nldist"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["optim.lr"] == "0.02"
+    history = client.get_metric_history(run.info.run_id, "accuracy")
+    assert [point.value for point in history] == [record["accuracy"] for record in epoch_records(run_dir)]
+    pictures = [file.path for file in client.list_artifacts(run.info.run_id, "plots")]
+    assert "plots/losses-net0-epoch0002.png" in pictures
+    assert client.list_artifacts(run.info.run_id, "plots")
