@@ -4,28 +4,19 @@ OMP_NUM_THREADS=2 python benchmarks/mixture.py
 """
 
 import argparse
-import json
-import os
-import platform
-import shlex
-import sys
 import time
 import warnings
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
 from statistics import median
 
 import numpy as np
-import sklearn
-import torch
+import record
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 from nldist.dist.world import World
 from nldist.estimate.mixture import Mixture, fit, normalise
 
-RESULTS = Path(__file__).parent / "results"
 NOISE_RATES = (0.2, 0.4, 0.8)
 
 
@@ -81,23 +72,6 @@ def compare(num_samples: int, noise_rate: float, num_repeats: int) -> dict[str, 
     }
 
 
-def machine() -> dict[str, object]:
-    """What ran this."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
-    return {
-        "cpu": ", ".join(sorted(names)) or platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg(),
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "scikit_learn": sklearn.__version__,
-        "torch": torch.__version__,
-    }
-
-
 def main() -> None:
     """Measure, print a table and record it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -122,11 +96,7 @@ def main() -> None:
         times = "".join(f"{row[name]:17.3f}" for name in columns)
         apart = f"{row['max_difference_of_means']:17.1e}{row['share_of_other_decisions']:17.4%}"
         print(f"{row['noise_rate']:17.1f}{times}{iterations:>17}{apart}")
-    command = shlex.join(["python", *sys.argv])
-    record = {"date": str(date.today()), "command": command, "machine": machine(), "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"mixture-{date.today()}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path = record.write("mixture", ["numpy", "scikit-learn", "torch"], {"rows": rows})
     print(f"written to {path}")
 
 

@@ -7,15 +7,25 @@ import sys
 from pathlib import Path
 
 from nldist.config import load_config
-from nldist.errors import main_guard
+from nldist.errors import UserError, main_guard
 
 
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Run one command; exit code 0, 2 for a user's error, 143 when stopped with everything saved."""
-    options = _parser().parse_args(argv)
+    options = _parse(argv)
     command: int = options.command(options)
     return command
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """Options may stand before, between and after the overrides."""
+    options, rest = _parser().parse_known_args(argv)
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+        raise UserError(f"unknown argument {rest[0]}; see nldist --help")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", type=Path, metavar="RUN", help="run directory")
     evaluate.add_argument("--split", help="default: the run's data.eval_split")
     evaluate.add_argument("--weights", choices=("last", "best"), default="last")
+    _add_overrides(evaluate, "such as data.root=...")
     evaluate.set_defaults(command=_evaluate)
 
     dry_run = commands.add_parser("dry-run", help="check data and settings; print steps, memory and state; no training")
@@ -50,7 +61,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_configuration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.epochs=10")
+    _add_overrides(parser, "such as train.epochs=10")
+
+
+def _add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=example)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -63,7 +78,7 @@ def _train(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from nldist.evaluate import evaluate
 
-    result = evaluate(options.run, options.split, options.weights)
+    result = evaluate(options.run, options.split, options.weights, options.overrides)
     if int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps(result, indent=2))
     return 0

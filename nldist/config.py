@@ -18,10 +18,19 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+def _text(value: Any) -> Any:
+    """Names that YAML reads as numbers, such as a run directory 2024, are names."""
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+Name = Annotated[str, BeforeValidator(_text)]
+File = Annotated[Path, BeforeValidator(_text)]
+
+
 class RunSection(Section):
     """Where the run keeps its files, and its randomness."""
 
-    dir: Path = Field(Path("runs/unnamed"), description="run directory: checkpoints, metrics, plots, summary")
+    dir: File = Field(Path("runs/unnamed"), description="run directory: checkpoints, metrics, plots, summary")
     seed: int = Field(0, ge=0, description="every random decision of the run follows from it")
 
 
@@ -32,11 +41,11 @@ def _whole_window(value: Any) -> Any:
 class DataSection(Section):
     """The data set on disk and how it is read."""
 
-    root: Path = Field(description="data set directory made by tools/shard.py (holds dataset.json)")
-    train_split: str = Field("train", description="split to train on")
-    eval_split: str = Field("test", description="split that accuracy is measured on after every epoch")
-    label_set: str | None = Field(None, description="labels to train with; none = the labels in the shards")
-    clean_label_set: str = Field("clean", description="true labels, where known: only used to measure the split")
+    root: File = Field(description="data set directory made by tools/shard.py (holds dataset.json)")
+    train_split: Name = Field("train", description="split to train on")
+    eval_split: Name = Field("test", description="split that accuracy is measured on after every epoch")
+    label_set: Name | None = Field(None, description="labels to train with; none = the labels in the shards")
+    clean_label_set: Name = Field("clean", description="true labels, where known: only used to measure the split")
     mean: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="RGB mean in [0, 1]")
     std: tuple[float, float, float] = Field((0.25, 0.25, 0.25), description="RGB standard deviation in [0, 1]")
     num_workers: int = Field(2, ge=0, description="reading and decoding processes per rank; 0 = in the rank itself")
@@ -45,7 +54,7 @@ class DataSection(Section):
     )
     on_bad: Literal["skip", "refuse"] = Field("skip", description="what to do with a record that cannot be decoded")
     max_side: int = Field(1024, ge=8, description="images with a longer side (pixels) are shrunk when decoded")
-    cache_dir: Path | None = Field(None, description="node-local directory for copies of remote shards")
+    cache_dir: File | None = Field(None, description="node-local directory for copies of remote shards")
     cache_gib: float = Field(100.0, gt=0, description="size limit of cache_dir in GiB")
 
 
@@ -59,8 +68,8 @@ class ViewsSection(Section):
 class ModelSection(Section):
     """The network."""
 
-    name: str = Field("preact_resnet18", description="one of nldist.models or any timm model")
-    pretrained: Path | None = Field(None, description="file of backbone weights (.pt, .safetensors) to start from")
+    name: Name = Field("preact_resnet18", description="one of nldist.models or any timm model")
+    pretrained: File | None = Field(None, description="file of backbone weights (.pt, .safetensors) to start from")
     channels_last: bool = Field(True, description="memory format of weights and images")
     compile: bool = Field(False, description="torch.compile the network")
 
@@ -152,9 +161,9 @@ class TrackSection(Section):
     """MLflow, on top of the JSON lines that every run writes."""
 
     enabled: bool = Field(True, description="send metrics to MLflow")
-    uri: str | None = Field(None, description="MLflow store or server; none = mlflow.db beside the run directory")
-    experiment: str = "nldist"
-    run_name: str | None = Field(None, description="none = the run directory's name")
+    uri: Name | None = Field(None, description="MLflow store or server; none = mlflow.db beside the run directory")
+    experiment: Name = "nldist"
+    run_name: Name | None = Field(None, description="none = the run directory's name")
     system_metrics: bool = Field(True, description="CPU, memory and GPU use")
     every_seconds: float = Field(10.0, gt=0, description="interval of progress lines and step metrics")
     histogram_every: int = Field(5, ge=1, description="epochs between loss histograms")
@@ -213,16 +222,19 @@ def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in parents:
         raise UserError(f"{path} includes itself, by way of {' -> '.join(p.name for p in parents)}")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"configuration {path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold sections such as 'data:' and 'train:', not {type(values).__name__}")
     merged: dict[str, Any] = {}
     includes = values.pop("include", [])
-    for include in [includes] if isinstance(includes, str) else includes:
+    includes = [includes] if isinstance(includes, str) else includes
+    if not isinstance(includes, list) or not all(isinstance(include, str) for include in includes):
+        raise UserError(f"{path}: include must be a list of files, not {includes!r}")
+    for include in includes:
         merged = _merge(merged, _read(path.parent / include, (*parents, path.resolve())))
     return _merge(merged, values)
 
@@ -271,11 +283,13 @@ def _nearest(location: tuple[int | str, ...]) -> str:
             break
         prefix.append(str(part))
         model = next((t for t in (field.annotation, *get_args(field.annotation)) if hasattr(t, "model_fields")), None)
-    wrong = str(location[-1])
+    wrong, everywhere = str(location[-1]), _all_settings()
     here = [".".join([*prefix, name]) for name in getattr(model, "model_fields", {})]
-    close = difflib.get_close_matches(".".join([*prefix, wrong]), here, n=1, cutoff=0.5)
-    close = close or difflib.get_close_matches(wrong, _all_settings(), n=1, cutoff=0.3)
-    return f"; did you mean {close[0]}?" if close else f"; the settings here are {', '.join(here)}"
+    for candidates in (here, everywhere):
+        by_name = {dotted.rpartition(".")[2]: dotted for dotted in reversed(candidates)}
+        if close := difflib.get_close_matches(wrong, by_name, n=1, cutoff=0.6):
+            return f"; did you mean {by_name[close[0]]}?"
+    return f"; the settings here are {', '.join(here)}" if here else ""
 
 
 def _all_settings(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:

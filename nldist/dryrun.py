@@ -6,9 +6,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from nldist.config import Config
-from nldist.data.index import Index
 from nldist.data.plan import sweep
-from nldist.data.stream import Batch, Stream
+from nldist.data.stream import Batch
 from nldist.dist.world import World
 from nldist.methods import build_method
 from nldist.methods.base import Context, Method
@@ -41,15 +40,15 @@ def _data_lines(context: Context) -> Iterator[str]:
         wrong = float((context.clean != context.labels).mean())
         yield f"noise       {wrong:.1%} of the labels differ from label set {config.data.clean_label_set}"
     for index in (train, test):
-        sizes = {tuple(size) for size in _probe(config, index).sizes.tolist()}
+        split = "train" if index is train else "evaluation"
+        sizes = {tuple(size) for size in _probe(context, split).sizes.tolist()}
         yield f"decoded     the first images of {index.split}: {', '.join(f'{h}x{w}' for h, w in sorted(sizes))} pixels"
 
 
-def _probe(config: Config, index: Index) -> Batch:
+def _probe(context: Context, split: str) -> Batch:
     """The first images of a split, read and decoded as in training."""
-    plan = sweep(min(_PROBE, len(index)), rank=0, size=1, batch_size=_PROBE)
-    stream = Stream(index, None, plan, on_bad="refuse", max_side=config.data.max_side)
-    return next(iter(stream))["all"]
+    plan = sweep(_PROBE, rank=0, size=1, batch_size=_PROBE)
+    return next(iter(context.stream(split, plan)))["all"]
 
 
 def _phase_lines(context: Context, method: Method, world_size: int) -> Iterator[str]:
@@ -60,7 +59,7 @@ def _phase_lines(context: Context, method: Method, world_size: int) -> Iterator[
         yield f"phase       {phase.name}: {phase.num_epochs} epochs on {world_size} rank(s), each of"
         for task in phase.passes(epoch):
             first = next(iter(task.batch.values()))
-            steps = -(-len(context.train) // (first * world_size))
+            steps = -(-task.num_samples // (first * world_size))
             bound = "at most " if len(task.batch) > 1 else ""
             roles = " + ".join(f"{size} {role}" for role, size in task.batch.items())
             yield f"              {task.name}: {bound}{steps:,} steps of {roles} images per rank"
@@ -72,14 +71,13 @@ def _memory_lines(context: Context, method: Method, world_size: int) -> Iterator
     num_parameters = sum(p.numel() for p in engine.model.parameters())
     # weights, gradients and momentum in float32
     fixed = len(method.engines) * 3 * 4 * num_parameters
-    images = max(sum(task.batch.values()) for phase in method.phases() for task in phase.passes(0) if task.trains)
-    views = 2 if context.config.method.name == "dividemix" else 1
-    activations = _activation_bytes(context, engine.model) * images * views
+    num_rows = max(task.num_rows for phase in method.phases() for task in phase.passes(0))
+    activations = _activation_bytes(context, engine.model) * num_rows
     name, num_networks = context.config.model.name, len(method.engines)
     yield f"model       {name}: {num_parameters / 1e6:.2f} M parameters, {num_networks} network(s)"
     yield (
         f"memory      per rank about {_mib(fixed)} weights, gradients and momentum + "
-        f"{_mib(activations)} activations of {images * views} images"
+        f"{_mib(activations)} activations of {num_rows} images"
     )
     state = context.table.bytes_per_sample
     owned = -(-len(context.train) // world_size)
@@ -88,7 +86,7 @@ def _memory_lines(context: Context, method: Method, world_size: int) -> Iterator
 
 def _activation_bytes(context: Context, model: nn.Module) -> float:
     """Memory that a training forward keeps for its backward, per image."""
-    batch = _probe(context.config, context.train)
+    batch = _probe(context, "train")
     images = context.view(batch, 0, 0)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: list[Tensor] = []  # alive until all are counted, so that no address is used twice

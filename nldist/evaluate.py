@@ -1,13 +1,13 @@
 """Accuracy of a run's weights on a split, with the confusion between classes."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from nldist import plots
 from nldist.config import Config
 from nldist.data.index import Index
-from nldist.data.stream import Stream
 from nldist.dist.table import SampleTable
 from nldist.dist.world import World
 from nldist.errors import UserError
@@ -15,7 +15,12 @@ from nldist.methods.base import Context, EvaluationPass
 from nldist.run import RunDirectory, ensemble, write_text
 
 
-def evaluate(run_dir: Path, split: str | None = None, weights: Literal["last", "best"] = "last") -> dict[str, Any]:
+def evaluate(
+    run_dir: Path,
+    split: str | None = None,
+    weights: Literal["last", "best"] = "last",
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
     """Evaluate weights/WEIGHTS.pt of a run; leaves evaluation-SPLIT-WEIGHTS.json and a plot in the run directory.
 
     Returns:
@@ -25,7 +30,7 @@ def evaluate(run_dir: Path, split: str | None = None, weights: Literal["last", "
         UserError: no such run, weights or split.
     """
     run = RunDirectory(run_dir)
-    config = run.config()
+    config = run.config(overrides)
     dist = config.dist
     with World.start(num_threads=dist.num_threads, timeout_seconds=dist.timeout_seconds, device=dist.device) as world:
         task = _evaluation(run, config, world, split or config.data.eval_split, weights)
@@ -55,16 +60,7 @@ def _evaluation(run: RunDirectory, config: Config, world: World, split: str, wei
     task = EvaluationPass(context, lambda images: ensemble(networks, images))
     plan = task.plan()
     task.start(plan.num_steps, 0)
-    stream = Stream(
-        index,
-        None,
-        plan,
-        num_workers=config.data.num_workers,
-        device=world.device,
-        on_bad=config.data.on_bad,
-        max_side=config.data.max_side,
-    )
-    for step, batches in enumerate(stream):
+    for step, batches in enumerate(context.stream("evaluation", plan)):
         task.step(batches, step)
     return task
 

@@ -38,7 +38,7 @@ def prior_penalty(probabilities: Tensor, world: World) -> Tensor:
 
 
 def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
-    """p_c^(1/T) / sum_c' p_c'^(1/T) (DivideMix, equation 6)."""
+    """p_c^(1/T) / sum_c' p_c'^(1/T) (DivideMix, equation 4)."""
     powers = probabilities.pow(1 / temperature)
     return powers / powers.sum(1, keepdim=True)
 

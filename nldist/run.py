@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,6 +19,7 @@ from nldist.models import Classifier, build_model
 # What may change between the starts of one run: none of it changes what is learnt in an epoch.
 _FREE = (
     "run.dir",
+    "data.root",
     "train.epochs",
     "train.checkpoint_every_steps",
     "train.keep_checkpoints",
@@ -73,11 +75,11 @@ class RunDirectory:
                 "set another run.dir or delete the old run"
             )
 
-    def config(self) -> Config:
-        """The configuration that the run was started with."""
+    def config(self, overrides: Sequence[str] = ()) -> Config:
+        """The configuration that the run was started with, with overrides such as data.root=..."""
         if not (self.path / "config.yaml").exists():
             raise UserError(f"{self.path} is not a run directory: it has no config.yaml")
-        return load_config(self.path / "config.yaml", [f"run.dir={self.path}"])
+        return load_config(self.path / "config.yaml", overrides)
 
     @property
     def summary(self) -> dict[str, Any] | None:

@@ -6,13 +6,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nldist import report
 from nldist.config import Config
-from nldist.data.cache import ShardCache
 from nldist.data.index import Index
-from nldist.data.plan import Plan
 from nldist.data.stream import Stream
 from nldist.dist.checkpoint import Checkpoints, Position
 from nldist.dist.engine import learning_rate
@@ -65,9 +64,6 @@ class Trainer:
         self.context = build_context(config, world)
         self.method = build_method(self.context)
         self.checkpoints = Checkpoints(run.path / "checkpoints", world, config.train.keep_checkpoints)
-        self.cache = None
-        if config.data.cache_dir is not None:
-            self.cache = ShardCache(config.data.cache_dir, int(config.data.cache_gib * 2**30))
         self.position = Position()
         # What the checkpoint keeps of the run's history.
         self.record: dict[str, Any] = {
@@ -150,9 +146,12 @@ class Trainer:
         """Run one pass from the present position to its end; False if stopped on the way, with all saved."""
         plan, start = task.plan(), self.position.step
         task.start(plan.num_steps, start)
-        stream = self._stream(task, plan, start)
+        stream = self.context.stream(task.split, plan, start)
         watch = Watch(f"{title} {task.name}", plan.num_steps, start, self.config.track.every_seconds)
         for step, batches in enumerate(stream, start=start):
+            if task.trains and not any(len(batch) for batch in batches.values()):
+                raise UserError(f"step {step} of {task.name} has no readable image: {stream.first_bad}")
+            self._seed(step)
             self.meter.add(task.step(batches, step))
             self.record["step"] += task.trains
             if watch.due():
@@ -163,19 +162,10 @@ class Trainer:
         self.position = Position(self.position.epoch, self.position.pass_index + 1, 0)
         return True
 
-    def _stream(self, task: Pass, plan: Plan, start: int) -> Stream:
-        train, data = task.split == "train", self.config.data
-        return Stream(
-            self.context.train if train else self.context.evaluation,
-            self.context.labels if train else None,
-            plan,
-            num_workers=data.num_workers,
-            device=self.world.device,
-            start_step=start,
-            on_bad=data.on_bad,
-            max_side=data.max_side,
-            cache=self.cache,
-        )
+    def _seed(self, step: int) -> None:
+        """Make what draws from torch's global generator (dropout) a function of the step, so that it resumes."""
+        place = [self.config.run.seed, self.position.epoch, self.position.pass_index, step, self.world.rank]
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
     def _continue_after(self, task: Pass, num_done: int) -> bool:
         """Save and stop where due, at edges that all ranks share; False to stop."""
@@ -278,6 +268,8 @@ class Trainer:
             f"done in {clock(summary['seconds'])}: accuracy best {accuracy['best']:.2f}, last {accuracy['last']:.2f} "
             f"(mean of the last epochs), {summary['images_per_second']:,.0f} img/s; {self.run.path}/summary.json"
         )
+        if self.tracker.open_command:
+            self._say(f"MLflow: {self.tracker.open_command}")
 
     def _plot(self, path: Path | None) -> None:
         if path is not None:

@@ -1,20 +1,15 @@
 """Whole training jobs as real processes, one per rank, that a test can kill at a chosen step."""
 
-import multiprocessing
 import os
 import signal
 import sys
 from pathlib import Path
 
 from nldist.train import Trainer
-from tests.ranks import free_port
+from tests.ranks import CONTEXT, free_port
 
 DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
 TIMEOUT_SECONDS = 240
-
-# Started once with torch and nldist imported, so that a job costs no imports.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["nldist.train", "nldist.cli", "tests.jobs"])
 
 
 def run_job(
@@ -31,7 +26,7 @@ def run_job(
     arguments = [str(DEMO), f"run.dir={run_dir}", "dist.num_threads=1", "dist.device=cpu", "track.enabled=false"]
     port = free_port()
     processes = [
-        _CONTEXT.Process(target=_run_rank, args=(rank, world_size, port, [*arguments, *overrides], run_dir, kill, stop))
+        CONTEXT.Process(target=_run_rank, args=(rank, world_size, port, [*arguments, *overrides], run_dir, kill, stop))
         for rank in range(world_size)
     ]
     for process in processes:

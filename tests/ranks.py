@@ -12,6 +12,9 @@ from typing import Any
 
 from nldist.dist.world import World
 
+# Every process of a test is forked from one that has imported torch and nldist: importing takes seconds, forking none.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["nldist.train", "nldist.cli"])
 _POOLS: dict[int, list[tuple[BaseProcess, Connection]]] = {}
 TIMEOUT_SECONDS = 180
 
@@ -45,12 +48,11 @@ def free_port() -> int:
 
 
 def _start(world_size: int) -> list[tuple[BaseProcess, Connection]]:
-    context = multiprocessing.get_context("spawn")
     port = free_port()
     pool: list[tuple[BaseProcess, Connection]] = []
     for rank in range(world_size):
-        here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(there, rank, world_size, port), daemon=False)
+        here, there = CONTEXT.Pipe()
+        process = CONTEXT.Process(target=_serve, args=(there, rank, world_size, port), daemon=False)
         process.start()
         pool.append((process, here))
     _POOLS[world_size] = pool

@@ -203,9 +203,7 @@ class Index:
 def _reopen(root: Path, split: str, cache_dir: Path | None, stamp: str) -> Index:
     index = Index.open(root, split, cache_dir)
     if index._stamp != stamp:
-        raise UserError(
-            f"{root}/{split}: the data set was written again while it was in use; start the run anew"
-        )
+        raise UserError(f"{root}/{split}: the data set was written again while it was in use; start the run anew")
     return index
 
 
@@ -240,9 +238,7 @@ def _read_facts(root: Path) -> dict[str, Any]:
         for split in facts["splits"].values():
             _ = split["num_samples"], [shard["path"] for shard in split["shards"]]
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: incomplete ({type(error).__name__}: {error}); write the data set again"
-        ) from error
+        raise UserError(f"{path}: incomplete ({type(error).__name__}: {error}); write the data set again") from error
     return dict(facts)
 
 

@@ -3,21 +3,39 @@
 import os
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode
 from torchvision.transforms.v2.functional import resize
 
 from nldist.data.cache import ShardCache, is_url
-from nldist.data.index import Index
+from nldist.data.index import RECORD, Index
 from nldist.errors import UserError
 
 OnBad = Literal["skip", "refuse"]
+
+
+class Row(NamedTuple):
+    """A row of the index (`index.RECORD`) as plain numbers."""
+
+    offset: int
+    size: int
+    shard: int
+    label: int
+    crc32: int
+    height: int
+    width: int
+
+
+assert Row._fields == RECORD.names
+
+# What torchvision.io.decode_image calls; that function spends 10 us per image on a warning.
+_decode = torch.ops.image.decode_image
 
 
 @dataclass
@@ -54,29 +72,32 @@ class Reader:
         self.index, self.on_bad, self.max_side = index, on_bad, max_side
         self._shards = _OpenShards(index, cache, num_open)
 
-    def read(self, ids: np.ndarray) -> Images:
-        """The images of `ids`, in this order.
+    def read(self, ids: np.ndarray, allocate: Callable[[tuple[int, ...]], Tensor] | None = None) -> Images:
+        """The images of `ids`, in this order, in memory that `allocate` gives for a shape (uint8).
 
         Raises:
             UserError: a shard is missing; or, with on_bad="refuse", a record is damaged.
         """
         records = self.index.records[ids]
         sizes = self._sizes(records)
-        pixels = _allocate(len(ids), *(sizes.max(0) if len(ids) else (1, 1)))
+        shape = len(ids), *(sizes.max(axis=0).tolist() if len(ids) else (1, 1)), 3
+        pixels = allocate(shape) if allocate else torch.empty(shape, dtype=torch.uint8)
+        rows, wanted = records.tolist(), sizes.tolist()
         reasons: dict[int, str] = {}
         for place in np.lexsort((records["offset"], records["shard"])).tolist():
-            height, width = sizes[place].tolist()
+            row = Row(*rows[place])
             try:
-                pixels[place, :height, :width] = self._image(records[place], height, width)
+                _put(self._image(row, *wanted[place]), pixels[place])
             except _BadRecordError as error:
-                reasons[place] = self._describe(int(ids[place]), records[place], error)
+                reasons[place] = self._describe(int(ids[place]), row, error)
         if not reasons:
             return Images(pixels, sizes, np.arange(len(ids)), [])
         bad = [reasons[place] for place in sorted(reasons)]
         if self.on_bad == "refuse":
             raise UserError(f"{bad[0]}; repair it, or set data.on_bad=skip to leave such images out")
         kept = np.setdiff1d(np.arange(len(ids)), list(reasons))
-        return Images(pixels[torch.from_numpy(kept)], sizes[kept], kept, bad)
+        pixels[: len(kept)] = pixels[torch.from_numpy(kept)]
+        return Images(pixels[: len(kept)], sizes[kept], kept, bad)
 
     def close(self) -> None:
         """Close the open shards."""
@@ -89,29 +110,29 @@ class Reader:
         reduced = np.maximum(np.rint(sizes * (self.max_side / longest)), 1).astype(np.int64)
         return np.where(longest > self.max_side, reduced, sizes)
 
-    def _image(self, record: np.void, height: int, width: int) -> Tensor:
+    def _image(self, row: Row, height: int, width: int) -> Tensor:
         """One image, uint8 (height, width, 3)."""
-        data = self._shards.read(int(record["shard"]), int(record["offset"]), int(record["size"]))
+        data = self._shards.read(row.shard, row.offset, row.size)
         try:
-            image = decode_image(
-                torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB, apply_exif_orientation=True
-            )
+            image = _decode(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB.value, True)
         except (RuntimeError, ValueError) as error:
-            if zlib.crc32(data) != record["crc32"]:
+            if zlib.crc32(data) != row.crc32:
                 raise _BadRecordError("its bytes are not those that were indexed (CRC-32)") from error
             raise _BadRecordError(f"cannot be decoded ({_one_line(error)})") from error
-        if image.shape[1:] != (record["height"], record["width"]):
-            found, indexed = tuple(image.shape[1:]), (int(record["height"]), int(record["width"]))
+        if image.dtype == torch.uint16:  # a PNG file of 16 bits
+            image = (image.int() // 257).to(torch.uint8)
+        found = tuple(image.shape[1:])
+        if found != (row.height, row.width):
+            indexed = (row.height, row.width)
             raise _BadRecordError(f"is {found} pixels (height, width), the index says {indexed}")
-        if image.shape[1:] != (height, width):
+        if found != (height, width):
             image = resize(image, [height, width], antialias=True)
         pixels: Tensor = image.permute(1, 2, 0)
         return pixels
 
-    def _describe(self, id_: int, record: np.void, reason: Exception) -> str:
+    def _describe(self, id_: int, row: Row, reason: Exception) -> str:
         key = self.index.keys([id_])[0]
-        shard = self.index.shards[record["shard"]]
-        return f"image {id_} ({key}) in {shard} at byte {record['offset']}: {reason}"
+        return f"image {id_} ({key}) in {self.index.shards[row.shard]} at byte {row.offset}: {reason}"
 
 
 class _BadRecordError(Exception):
@@ -124,17 +145,20 @@ class _OpenShards:
     def __init__(self, index: Index, cache: ShardCache | None, num_open: int) -> None:
         self._index, self._cache, self._num_open = index, cache, num_open
         self._files: OrderedDict[int, int] = OrderedDict()
+        self._data = bytearray()
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_files": OrderedDict()}
+        return self.__dict__ | {"_files": OrderedDict(), "_data": bytearray()}
 
-    def read(self, shard: int, offset: int, size: int) -> bytearray:
-        data = bytearray(size)
-        view, done = memoryview(data), 0
+    def read(self, shard: int, offset: int, size: int) -> memoryview:
+        """The bytes of one record, valid until the next call."""
+        if len(self._data) < size:
+            self._data = bytearray(2 * size)
+        data, done = memoryview(self._data)[:size], 0
         file = self._file(shard)
         while done < size:
             try:
-                count = os.preadv(file, [view[done:]], offset + done)
+                count = os.preadv(file, [data[done:]], offset + done)
             except OSError as error:
                 raise _BadRecordError(f"cannot be read ({error.strerror})") from error
             if count == 0:
@@ -160,9 +184,7 @@ class _OpenShards:
         place = self._index.shards[shard]
         if is_url(place):
             if self._cache is None:
-                raise UserError(
-                    f"{place} is remote: set data.cache_dir to a directory for copies of such shards"
-                )
+                raise UserError(f"{place} is remote: set data.cache_dir to a directory for copies of such shards")
             return self._cache.open(place, self._index.shard_digests[shard])
         try:
             return os.open(place, os.O_RDONLY)
@@ -177,14 +199,14 @@ class _OpenShards:
             self._cache.closed(place)
 
 
-def _allocate(count: int, height: int, width: int) -> Tensor:
-    """A zeroed batch; in a worker process it lies in shared memory, so that it leaves without a copy."""
-    shape = torch.Size((count, int(height), int(width), 3))
-    if get_worker_info() is None or not count:
-        return torch.zeros(shape, dtype=torch.uint8)
-    # As torch's own collate function does.
-    storage = torch.UntypedStorage._new_shared(shape.numel(), device="cpu")  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+def _put(image: Tensor, pixels: Tensor) -> None:
+    """Copy an image into its place in the batch, and clear what it does not cover."""
+    height, width, _ = image.shape
+    pixels[:height, :width] = image
+    if height < pixels.shape[0]:
+        pixels[height:] = 0
+    if width < pixels.shape[1]:
+        pixels[:height, width:] = 0
 
 
 def _one_line(error: Exception) -> str:

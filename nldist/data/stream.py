@@ -3,8 +3,10 @@
 import logging
 import time
 import traceback
+import uuid
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from nldist.data.cache import ShardCache
 from nldist.data.index import Index
 from nldist.data.plan import Part, Plan
 from nldist.data.reader import OnBad, Reader
+from nldist.data.transfer import BufferPool, forget
 from nldist.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -90,19 +93,9 @@ class Stream:
         self.first_bad: str | None = None
         self._labels = index.label if labels is None else labels
         self._steps = range(start_step, plan.num_steps)
-        pipeline = webdataset.DataPipeline(
-            _Source(plan, self._steps), _Loading(Reader(index, on_bad, max_side, cache))
-        )
-        num_workers = min(num_workers, len(self._steps))
-        self._loader = webdataset.WebLoader(
-            pipeline,
-            batch_size=None,
-            num_workers=num_workers,
-            prefetch_factor=prefetch if num_workers else None,
-            pin_memory=self.device.type == "cuda",
-            # Its own generator: the loader must not draw from the global one that training resumes with.
-            generator=torch.Generator(),
-        )
+        self._source = _Source(plan, self._steps)
+        self._reader = Reader(index, on_bad, max_side, cache)
+        self._num_workers, self._prefetch = min(num_workers, len(self._steps)), prefetch
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -120,7 +113,8 @@ class Stream:
 
     def _loads(self) -> Generator["_Load", None, None]:
         """What the workers loaded, in the order of steps, after reporting what was bad."""
-        loads = iter(self._loader)
+        name = uuid.uuid4().hex
+        loads = iter(self._loader(name))
         try:
             for step in self._steps:
                 begin = time.perf_counter()
@@ -136,6 +130,18 @@ class Stream:
             raise
         finally:
             loads.close()
+            forget(name)
+
+    def _loader(self, name: str) -> webdataset.WebLoader:
+        return webdataset.WebLoader(
+            webdataset.DataPipeline(self._source, _Loading(self._reader, name)),
+            batch_size=None,
+            num_workers=self._num_workers,
+            prefetch_factor=self._prefetch if self._num_workers else None,
+            pin_memory=self.device.type == "cuda",
+            # Its own generator: the loader must not draw from the global one that training resumes with.
+            generator=torch.Generator(),
+        )
 
     def _count(self, load: "_Load") -> None:
         for text in load.bad:
@@ -174,7 +180,7 @@ class _Load:
     """What a worker sends for one step: pixels in shared memory, the rest by value."""
 
     step: int
-    pixels: dict[str, Tensor] = field(default_factory=dict)
+    pixels: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, tuple[np.ndarray, Part]] = field(default_factory=dict)
     bad: list[str] = field(default_factory=list)
     error: str | None = None
@@ -200,25 +206,26 @@ class _Source:
 class _Loading:
     """The pipeline's stage that reads, decodes and collates each step's parts."""
 
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
+    def __init__(self, reader: Reader, name: str) -> None:
+        self.reader, self.name = reader, name
 
     def __call__(self, steps: Iterable[tuple[int, dict[str, Part]]]) -> Iterator[_Load]:
+        pool = BufferPool(self.name) if get_worker_info() else None
         try:
             for step, parts in steps:
-                yield self._load(step, parts)
+                yield self._load(step, parts, pool)
         finally:
             self.reader.close()
 
-    def _load(self, step: int, parts: dict[str, Part]) -> _Load:
+    def _load(self, step: int, parts: dict[str, Part], pool: BufferPool | None) -> _Load:
         load = _Load(step)
         for role, part in parts.items():
             try:
-                images = self.reader.read(part.ids)
+                images = self.reader.read(part.ids, pool.empty if pool else None)
             except UserError as error:
                 # Sent as a message: raised here, it would reach the user wrapped in the worker's traceback.
                 return _Load(step, error=str(error))
-            load.pixels[role] = images.pixels
+            load.pixels[role] = pool.pack(images.pixels) if pool else images.pixels
             load.facts[role] = images.sizes, Part(part.ids[images.kept], part.draws[images.kept])
             load.bad += images.bad
         return load

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from typing import Any, TypeVar
 
 import torch
@@ -52,18 +53,18 @@ class Engine:
             nesterov=config.optim.nesterov,
         )
         self._step, self._num_steps = 0, 0
+        self._settled = False
 
     def _wrap(self) -> nn.Module:
-        on_gpu = self._world.device.type == "cuda"
-        return DistributedDataParallel(
-            self.model,
-            device_ids=[self._world.device] if on_gpu else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            # Without this DDP regroups its buckets after the first step of a process, and a resumed CPU run
-            # would sum three or more ranks' gradients in another order: no longer bit-identical.
-            find_unused_parameters=not on_gpu,
-        )
+        with warnings.catch_warnings():
+            # torch 2.15 renames broadcast_buffers, in a version newer than the oldest that we support.
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(
+                self.model,
+                device_ids=[self._world.device] if self._world.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
 
     def start_pass(self, num_steps: int, start_step: int) -> None:
         """Train mode; the next `forward` and `step` belong to step `start_step` of `num_steps`."""
@@ -84,12 +85,30 @@ class Engine:
     def forward(self, images: Tensor) -> Tensor:
         """Logits (b, C), float32, with gradient, for the one backward of this step."""
         _, last = self._group()
+        images = images.contiguous(memory_format=self._format)
         sync: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if isinstance(self._ddp, DistributedDataParallel) and not last:
-            sync = self._ddp.no_sync()
+        if isinstance(self._ddp, DistributedDataParallel):
+            if not self._settled:
+                self._settle(images)
+            if not last:
+                sync = self._ddp.no_sync()
         with sync, self._precision():
-            logits: Tensor = self._ddp(images.contiguous(memory_format=self._format))
+            logits: Tensor = self._ddp(images)
         return logits.float()
+
+    def _settle(self, images: Tensor) -> None:
+        """A backward pass without effect, after which DDP regroups its gradient buckets once and for all.
+
+        Left to the first real step, the regrouping would make a resumed run sum three or more ranks' gradients
+        in another order than the undisturbed run: no longer bit-identical on a CPU.
+        """
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        with torch.random.fork_rng(), self._precision():
+            self._ddp(images).float().sum().backward()
+        self._sgd.zero_grad()
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        self._settled = True
 
     @torch.no_grad()
     def predict(self, images: Tensor, model: nn.Module | None = None) -> Tensor:

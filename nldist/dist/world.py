@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ T = TypeVar("T")
 
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 _FAILURE_KEY = "nldist/failure"
+_LINGER_SECONDS = 3
 
 
 @dataclass
@@ -156,6 +158,9 @@ class World:
         else:
             text = "".join(traceback.format_exception(error))
             print(f"rank {self.rank} of {self.size} failed:\n{text}", file=sys.stderr, flush=True)
+        if self.is_main:
+            # This rank may hold the store: let the others read who failed first.
+            time.sleep(_LINGER_SECONDS)
         # Not sys.exit: worker processes and a half-broken process group could keep the interpreter alive.
         os._exit(2 if isinstance(error, UserError) else 1)
 

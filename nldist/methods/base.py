@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nldist.config import Config
+from nldist.data.cache import ShardCache
 from nldist.data.index import Index
 from nldist.data.plan import Plan, shuffled, sweep
-from nldist.data.stream import Batch
+from nldist.data.stream import Batch, Stream
 from nldist.data.views import View
 from nldist.dist.engine import Engine, learning_rate
 from nldist.dist.table import SampleTable
@@ -42,6 +43,22 @@ class Context:
         data, views = self.config.data, self.config.views
         self.train_view = View(views.train, data.mean, data.std)
         self.eval_view = View(views.eval, data.mean, data.std)
+        self._cache = ShardCache(data.cache_dir, int(data.cache_gib * 2**30)) if data.cache_dir else None
+
+    def stream(self, split: str, plan: Plan, start_step: int = 0) -> Stream:
+        """The batches of a plan over the split "train" (with the labels to train with) or "evaluation"."""
+        data, train = self.config.data, split == "train"
+        return Stream(
+            self.train if train else self.evaluation,
+            self.labels if train else None,
+            plan,
+            num_workers=data.num_workers,
+            device=self.world.device,
+            start_step=start_step,
+            on_bad=data.on_bad,
+            max_side=data.max_side,
+            cache=self._cache,
+        )
 
     def engine(self, number: int) -> Engine:
         """Network `number`, initialised from (seed, number) alone."""
@@ -96,6 +113,8 @@ class Pass(ABC):
     trains: ClassVar[bool] = True
     name: str
     batch: dict[str, int]  # role -> samples per step and rank, at most
+    num_samples: int  # that the first role has in all, at most
+    num_rows: int = 0  # images in the forward with gradient, per step and rank
 
     @abstractmethod
     def plan(self) -> Plan:
@@ -221,6 +240,7 @@ class SupervisedPass(EnginePass):
         super().__init__(context, number, engine, epoch)
         self._loss = loss
         self.batch = {"all": context.config.train.batch_size}
+        self.num_samples, self.num_rows = len(context.train), self.batch["all"]
 
     def plan(self) -> Plan:
         """See Pass."""
@@ -246,6 +266,7 @@ class EvaluationPass(Pass):
     def __init__(self, context: Context, logits: Callable[[Tensor], Tensor]) -> None:
         self.context, self._logits = context, logits
         self.batch = {"all": context.config.train.eval_batch_size}
+        self.num_samples = len(context.evaluation)
 
     def plan(self) -> Plan:
         """See Pass."""

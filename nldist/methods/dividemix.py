@@ -113,6 +113,7 @@ class SweepPass(Pass):
         self._context = method.context
         self.name = "sweep" if len(numbers) > 1 else f"sweep{numbers[0]}"
         self.batch = {"all": self._context.config.train.eval_batch_size}
+        self.num_samples = len(self._context.train) if population is None else len(population)
         self._splits: dict[str, Split] = {}
 
     def plan(self) -> Plan:
@@ -156,10 +157,13 @@ class SweepPass(Pass):
         context, table = self._context, self._context.table
         history = table[f"history{number}"] if context.config.method.mixture.history > 1 else None
         losses, mixture = divide(table[f"loss{number}"], history, context.config.method.mixture, context.world)
+        clean_probability = table[f"clean{number}"]
         if mixture is not None:
-            table[f"clean{number}"][:] = mixture.clean_probability(losses)
-        table[f"clean{number}"][np.isnan(losses)] = np.nan
-        self._splits[f"net{number}"] = Split(losses, table[f"clean{number}"], mixture)
+            clean_probability[:] = mixture.clean_probability(losses)
+        # Without a mixture the previous division stays, and samples that it did not see count as clean.
+        clean_probability[np.isnan(clean_probability)] = 1
+        clean_probability[np.isnan(losses)] = np.nan
+        self._splits[f"net{number}"] = Split(losses, clean_probability, mixture)
         clean = table.gather(f"clean{number}")
         truth = None if context.clean is None else context.clean == context.labels
         quality = split_quality(clean, truth, self._method.settings.tau)
@@ -176,6 +180,8 @@ class DividePass(EnginePass):
         self._method, self._settings = method, method.settings
         half = method.context.config.train.batch_size // 2
         self.batch = {"labelled": half, "unlabelled": half}
+        self.num_samples = self._settings.subset or len(self.context.train)
+        self.num_rows = half * (4 if self._settings.form == "cifar" else 2)
 
     def plan(self) -> Plan:
         """Co-divide: labelled where the peer's clean probability exceeds tau, of the samples that it saw."""
@@ -225,14 +231,14 @@ class DividePass(EnginePass):
         return [self.context.view(batch, self.epoch, purpose + n) for n in (0, 1)] if len(batch.ids) else []
 
     def _refine(self, batch: Batch, views: list[Tensor]) -> Tensor:
-        """Co-refinement of the labelled (equations 3 and 4): this network only, weighted by the peer's trust."""
-        trust = torch.from_numpy(self._clean[batch.ids.cpu().numpy()]).to(batch.ids.device)[:, None]
+        """Co-refinement of the labelled (equations 3 and 4): this network only, by the peer's clean probability."""
+        clean = torch.from_numpy(self._clean[batch.ids.cpu().numpy()]).to(batch.ids.device)[:, None]
         own = torch.stack([self.engine.predict(view).softmax(1) for view in views]).mean(0)
         labels = one_hot(batch.labels, own.shape[1])
-        return sharpen(trust * labels + (1 - trust) * own, self._settings.temperature)
+        return sharpen(clean * labels + (1 - clean) * own, self._settings.temperature)
 
     def _guess(self, views: list[Tensor]) -> Tensor:
-        """Co-guessing of the unlabelled (equation 5): the mean over both networks and both views."""
+        """Co-guessing of the unlabelled (Algorithm 1, lines 20 and 21): the mean over both networks and views."""
         own = [self.engine.predict(view).softmax(1) for view in views]
         peer = [self.engine.predict(view, self._peer).softmax(1) for view in views]
         return sharpen(torch.stack(own + peer).mean(0), self._settings.temperature)

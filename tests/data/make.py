@@ -48,9 +48,7 @@ def make_dataset(
     directory = root / split
     directory.mkdir(parents=True)
     given = label_of(np.arange(sum(shard_sizes)), num_classes) if labels is None else labels
-    rows: dict[str, list] = {
-        name: [] for name in ("key", "shard", "offset", "size", "crc32", "height", "width")
-    }
+    rows: dict[str, list] = {name: [] for name in ("key", "shard", "offset", "size", "crc32", "height", "width")}
     shards = []
     for shard, count in enumerate(shard_sizes):
         path = directory / f"{split}-{shard:06d}.tar"

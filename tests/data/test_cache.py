@@ -118,9 +118,7 @@ def test_what_cannot_be_copied_is_named_and_leaves_nothing(server: _Server, tmp_
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_stream_reads_remote_shards_through_the_cache(
-    server: _Server, tmp_path: Path, num_workers: int
-) -> None:
+def test_a_stream_reads_remote_shards_through_the_cache(server: _Server, tmp_path: Path, num_workers: int) -> None:
     root = make_dataset(tmp_path / "served" / "set", [20, 3, 30])
     facts = json.loads((root / "dataset.json").read_text())
     for shard in facts["splits"]["train"]["shards"]:

@@ -291,9 +291,7 @@ def test_noise_command_names_a_missing_column(tmp_path: Path, capsys: pytest.Cap
     assert error.count("\n") == 1
 
 
-def test_noise_command_takes_clean_labels_from_a_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_noise_command_takes_clean_labels_from_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     index = animals(tmp_path / "set")
     file = table(tmp_path / "l.csv", ROWS)
     assert run(tmp_path / "set", "--csv", file, "--name", "clean") == 0

@@ -43,9 +43,7 @@ def test_sweep_sees_every_owned_id_once_in_order(size: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("size", WORLDS)
-@pytest.mark.parametrize(
-    "population", [_some(N, 100), np.arange(700, 900), np.array([3]), np.empty(0, np.int64)]
-)
+@pytest.mark.parametrize("population", [_some(N, 100), np.arange(700, 900), np.array([3]), np.empty(0, np.int64)])
 def test_sweep_of_a_population_stays_with_the_owners(size: int, population: np.ndarray) -> None:
     ranks = _all(partial(sweep, N, batch_size=8, population=population), size)
     for rank, parts in enumerate(ranks):
@@ -132,9 +130,7 @@ def test_a_step_can_be_asked_for_alone() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("window", [None, 25])
-@pytest.mark.parametrize(
-    ("num_labelled", "num_unlabelled"), [(200, 800), (600, 40), (500, 500), (10, 2), (64, 0)]
-)
+@pytest.mark.parametrize(("num_labelled", "num_unlabelled"), [(200, 800), (600, 40), (500, 500), (10, 2), (64, 0)])
 def test_divided(size: int, window: int | None, num_labelled: int, num_unlabelled: int) -> None:
     labelled = _some(N, num_labelled)
     unlabelled = np.setdiff1d(_some(N, num_labelled + num_unlabelled), labelled)
@@ -158,9 +154,7 @@ def test_divided(size: int, window: int | None, num_labelled: int, num_unlabelle
 
 
 def test_unlabelled_passes_have_different_orders() -> None:
-    plan = divided(
-        N, np.arange(500), np.arange(500, 532), rank=0, size=1, batch_size=32, seed=0, epoch=0, window=None
-    )
+    plan = divided(N, np.arange(500), np.arange(500, 532), rank=0, size=1, batch_size=32, seed=0, epoch=0, window=None)
     first, second = plan.step(0)["unlabelled"].ids, plan.step(1)["unlabelled"].ids
     assert np.array_equal(np.sort(first), np.sort(second))
     assert not np.array_equal(first, second)
@@ -168,9 +162,7 @@ def test_unlabelled_passes_have_different_orders() -> None:
 
 def test_divided_refuses_fewer_labelled_samples_than_ranks() -> None:
     with pytest.raises(ValueError, match="2 labelled samples cannot be divided among 3 ranks"):
-        divided(
-            N, np.array([1, 2]), np.arange(3, N), rank=0, size=3, batch_size=4, seed=0, epoch=0, window=None
-        )
+        divided(N, np.array([1, 2]), np.arange(3, N), rank=0, size=3, batch_size=4, seed=0, epoch=0, window=None)
 
 
 def test_unsorted_ids_are_refused() -> None:

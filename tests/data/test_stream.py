@@ -159,9 +159,7 @@ def test_images_with_an_orientation_tag_are_turned(tmp_path: Path) -> None:
     exif[0x0112] = 6  # to be turned by a quarter
     out = io.BytesIO()
     upright.rotate(90, expand=True).save(out, "JPEG", quality=95, exif=exif)
-    image = decode_image(
-        torch.frombuffer(bytearray(out.getvalue()), dtype=torch.uint8), apply_exif_orientation=True
-    )
+    image = decode_image(torch.frombuffer(bytearray(out.getvalue()), dtype=torch.uint8), apply_exif_orientation=True)
     assert image.shape == (3, 40, 30)
     _overwrite(index, 2, out.getvalue(), height=40, width=30)
     (batches,) = Stream(index, None, sweep(4, rank=0, size=1, batch_size=4))
@@ -209,12 +207,8 @@ def test_damaged_records_are_left_out_and_reported(
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_damaged_records_are_refused_on_request(damaged: Index, num_workers: int) -> None:
     _damage(damaged, 60)
-    stream = Stream(
-        damaged, None, sweep(NUM, rank=0, size=1, batch_size=16), num_workers=num_workers, on_bad="refuse"
-    )
-    with pytest.raises(
-        UserError, match=r"^image 60 \(part4/image00060\) in .*4\.tar at byte \d+: .*CRC-32"
-    ) as error:
+    stream = Stream(damaged, None, sweep(NUM, rank=0, size=1, batch_size=16), num_workers=num_workers, on_bad="refuse")
+    with pytest.raises(UserError, match=r"^image 60 \(part4/image00060\) in .*4\.tar at byte \d+: .*CRC-32") as error:
         list(stream)
     assert "Traceback" not in str(error.value)
     assert not _workers()
@@ -297,7 +291,7 @@ def test_few_shards_are_open_at_a_time(tmp_path: Path) -> None:
 
 def test_what_is_sent_to_a_worker_does_not_grow_with_the_data_set(index: Index) -> None:
     stream = Stream(index, None, _plan(), num_workers=2)
-    (loader,) = stream._loader.pipeline
+    (loader,) = stream._loader("name").pipeline
     sent = pickle.dumps(loader.dataset)
     assert len(sent) < 2_000
     assert [load.step for load in pickle.loads(sent)] == list(range(10))

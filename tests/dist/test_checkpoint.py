@@ -63,12 +63,13 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
 
 
 def save_on_a_full_disk(world: World, directory: Path) -> str:
-    if world.rank == 1:
-        SampleTable.save = _no_space  # type: ignore[method-assign]
-    try:
-        save(world, directory, Position(1))
-    except UserError as error:
-        return str(error)
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == 1:
+            patch.setattr(SampleTable, "save", _no_space)
+        try:
+            save(world, directory, Position(1))
+        except UserError as error:
+            return str(error)
     return "saved"
 
 

@@ -57,16 +57,12 @@ def _see(world: World, root: Path, kind: str, num_workers: int) -> tuple[np.ndar
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 3), (2, 0), (3, 1), (4, 0), (4, 3)])
-def test_a_sweep_sees_every_sample_once(
-    roots: dict[str, Path], layout: str, world_size: int, num_workers: int
-) -> None:
+def test_a_sweep_sees_every_sample_once(roots: dict[str, Path], layout: str, world_size: int, num_workers: int) -> None:
     n = sum(LAYOUTS[layout])
     answers = run_ranks(_see, world_size, roots[layout], "sweep", num_workers)
     assert len({steps for _, steps in answers}) == 1
     for ids, _ in answers:
-        assert np.array_equal(
-            ids, np.arange(n)
-        )  # owners hold contiguous ids in order, so rank order is id order
+        assert np.array_equal(ids, np.arange(n))  # owners hold contiguous ids in order, so rank order is id order
 
 
 @pytest.mark.parametrize("kind", ["shuffled", "divided"])

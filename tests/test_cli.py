@@ -1,0 +1,94 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from nldist.cli import main
+from tests.conftest import REPOSITORY
+
+DEMO = str(REPOSITORY / "configs" / "demo.yaml")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on stderr of a command that ends with code 2."""
+    assert main(list(arguments)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_dry_run_says_what_would_happen(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dry-run", DEMO, f"data.root={digits}", "train.batch_size=64", "--world-size", "3"]) == 0
+    text = capsys.readouterr().out
+    assert "1,437 samples in 5 shards; labels: sym50" in text
+    assert "44." in text or "45." in text, "half drawn at random from ten classes: about 45 % wrong"
+    assert "net0: 8 steps of 64 all images per rank" in text  # ceil(1437 / (64 * 3))
+    assert "net1: at most 15 steps of 32 labelled + 32 unlabelled images per rank" in text
+    # loss 4, clean 4, predicted 2 bytes, for each network
+    assert "20 bytes per sample" in text
+    assert "activations of 128 images" in text
+
+
+def test_dry_run_measures_what_the_backward_pass_keeps(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def activations(*overrides: str) -> int:
+        main(["dry-run", DEMO, f"data.root={digits}", *overrides])
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory")]
+        return int(line.split("momentum + ")[1].split(" MiB")[0].replace(",", ""))
+
+    small, large = activations("train.batch_size=256"), activations("train.batch_size=512")
+    assert small > 0
+    assert large == pytest.approx(2 * small, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["data.root=nowhere"], "nowhere"),
+        (["data.label_set=sym99"], "sym50"),
+        (["data.eval_split=tset"], "tset"),
+        (["model.name=preact_resnet81"], "preact_resnet18"),
+        (["train.epoch=3"], "train.epochs"),
+        (["method.tau=0.6"], "method.dividemix.tau"),
+        (["method.dividemix.warmup_epochs=99"], "warmup_epochs"),
+        (["dist.device=cuda"], "dist.device=cpu"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_line(
+    arguments: list[str], words: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, "train", DEMO, f"data.root={digits}", f"run.dir={tmp_path}/run", *arguments)
+    assert line.startswith("error: ")
+    assert words in line
+
+
+def test_directories_that_are_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no config.yaml" in refused(capsys, "evaluate", str(tmp_path))
+    assert "no summary.json" in refused(capsys, "compare", str(tmp_path))
+    assert "tracked with MLflow" in refused(capsys, "sync", str(tmp_path))
+
+
+def test_compare_prints_and_writes_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for method, auc in (("cross_entropy", None), ("dividemix", 0.987)):
+        (tmp_path / method).mkdir()
+        summary = {
+            "method": method,
+            "accuracy": {"best": 98.5, "last": 97.25, "final": 97.0},
+            "split": {"auc": auc} if auc else None,
+            "images_per_second": 1234.5,
+            "world_size": 2,
+        }
+        (tmp_path / method / "summary.json").write_text(json.dumps(summary))
+    runs = [str(tmp_path / "cross_entropy"), str(tmp_path / "dividemix")]
+    assert main(["compare", *runs, "--json", str(tmp_path / "table.json")]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[1].split() == ["cross_entropy", "98.50", "97.25", "-", "1,234", "2"]
+    assert table[2].split() == ["dividemix", "98.50", "97.25", "0.987", "1,234", "2"]
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert rows[1] == {
+        "method": "dividemix",
+        "best": 98.5,
+        "last": 97.25,
+        "split_auc": 0.987,
+        "images_per_second": 1234.5,
+        "world_size": 2,
+    }
