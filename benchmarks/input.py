@@ -13,32 +13,24 @@ same images `--passes` times and counts everything from the start of its worker 
 
 All share the machine's cores: the main process competes with the workers, as it does in training on a CPU. CPU time
 (of the process and its workers) is recorded too, because a busy machine distorts it less. For all of them the C
-library keeps freed memory (`keep_freed_memory`): else most of the time of cropping goes into clearing fresh pages.
+library keeps freed memory, as it does in a run (`nldist.memory`): else most of the time of cropping goes into clearing fresh pages.
 """
 
 import argparse
-import ctypes
 import io
-import json
 import multiprocessing
 import os
-import platform
 import resource
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from statistics import median
 
 import numpy as np
-import PIL
+import record
 import torch
-import torchvision
-import webdataset
 from PIL import Image, ImageEnhance
 from sklearn.datasets import load_sample_images
 from torch.utils.data import ConcatDataset, DataLoader
@@ -53,8 +45,8 @@ from nldist.data.sources.folder import FolderSource
 from nldist.data.stream import Stream
 from nldist.data.views import View
 from nldist.data.writer import WriteOptions, write_split
+from nldist.memory import keep_freed_memory
 
-RESULTS = Path(__file__).parent / "results"
 NUM_WORKERS, BATCH_SIZE, CROP = 2, 64, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PAIRS = (("stream", "bare", 0.85), ("stream, cropped", "ImageFolder", 2.0))
@@ -133,13 +125,6 @@ def image_folder(directory: Path, num_passes: int) -> None:
         pass
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks of any size for the next allocation, in this process and its workers."""
-    libc = ctypes.CDLL("libc.so.6")
-    for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-        assert libc.mallopt(option, 1 << 30) == 1
-
-
 def measure(turn: Callable[[], None], num_images: int) -> tuple[float, float]:
     """Images per second of wall-clock time and of CPU time, all processes together."""
     wall, cpu = time.perf_counter(), cpu_seconds()
@@ -151,23 +136,6 @@ def cpu_seconds() -> float:
     """CPU time of this process and of those that it waited for."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def machine() -> dict[str, object]:
-    """What ran this."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
-    return {
-        "cpu": ", ".join(sorted(names)) or platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "pillow": PIL.__version__,
-        "webdataset": webdataset.__version__,
-    }
 
 
 def prepare(directory: Path, num_images: int) -> Index:
@@ -219,10 +187,7 @@ def report(args: argparse.Namespace, index: Index, turns: dict[str, list[tuple[f
     }
     for name, ratio in ratios.items():
         print(f"{name}: {ratio['wall']:.2f} (CPU {ratio['cpu']:.2f}), target {ratio['target']}")
-    record = {
-        "date": str(date.today()),
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": machine(),
+    results = {
         "num_images": len(index),
         "mean_bytes": float(index.size.mean()),
         "workers": NUM_WORKERS,
@@ -231,10 +196,7 @@ def report(args: argparse.Namespace, index: Index, turns: dict[str, list[tuple[f
         "ratios": ratios,
     }
     if not args.no_record:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"input-{date.today()}.json"
-        path.write_text(json.dumps(record, indent=2) + "\n")
-        print(f"written to {path}")
+        print(f"written to {record.write('input', ['torch', 'torchvision', 'pillow', 'webdataset'], results)}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Whole training jobs as real processes, one per rank, that a test can kill at a chosen step."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -61,6 +62,7 @@ def _run_rank(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
     )
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    multiprocessing.set_start_method("fork", force=True)
     for request, number in ((kill, signal.SIGKILL), (stop, signal.SIGTERM)):
         if request is not None and request[0] == rank:
             _signal_after(request[1], number)

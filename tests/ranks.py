@@ -75,6 +75,8 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
         MASTER_PORT=str(port),
         CUDA_VISIBLE_DEVICES="",
     )
+    # A rank that torchrun starts forks its data workers; from a fork server each would import all anew.
+    multiprocessing.set_start_method("fork", force=True)
     with World.start(num_threads=1) as world:
         while True:
             try:

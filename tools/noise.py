@@ -23,9 +23,7 @@ from nldist.errors import UserError, main_guard
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="directory of a sharded data set")
     parser.add_argument("--name", required=True, help="of the new label set")
     parser.add_argument("--split", default="train")

@@ -132,9 +132,7 @@ def write_label_set(root: str | Path, split: str, name: str, labels: np.ndarray)
     return path
 
 
-def labels_from_csv(
-    index: Index, file: str | Path, path_column: str, label_column: str
-) -> tuple[np.ndarray, int]:
+def labels_from_csv(index: Index, file: str | Path, path_column: str, label_column: str) -> tuple[np.ndarray, int]:
     """Read labels for the samples of `index` from a table, whose labels are class names or integer ids.
 
     A row belongs to the sample whose key is the row's path without its extension, with "_" for dots, and
@@ -194,8 +192,7 @@ def _summary(pairs: np.ndarray, totals: np.ndarray, classes: list[str]) -> str:
     changed = np.bincount(codes // num_classes, weights=counts, minlength=num_classes)
     rates = (100 * changed / np.maximum(totals, 1))[totals > 0]
     lines.append(
-        f"noise rate of a class: min {rates.min():.1f} %, "
-        f"median {median(rates):.1f} %, max {rates.max():.1f} %"
+        f"noise rate of a class: min {rates.min():.1f} %, median {median(rates):.1f} %, max {rates.max():.1f} %"
     )
     return "\n".join(lines)
 

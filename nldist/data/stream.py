@@ -1,6 +1,7 @@
 """A plan's batches on the device: plan -> read -> decode -> collate in worker processes -> device."""
 
 import logging
+import signal
 import time
 import traceback
 import uuid
@@ -139,6 +140,7 @@ class Stream:
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch if self._num_workers else None,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_signals_to_the_rank,
             # Its own generator: the loader must not draw from the global one that training resumes with.
             generator=torch.Generator(),
         )
@@ -229,6 +231,12 @@ class _Loading:
             load.facts[role] = images.sizes, Part(part.ids[images.kept], part.draws[images.kept])
             load.bad += images.bad
         return load
+
+
+def _leave_signals_to_the_rank(_worker: int) -> None:
+    """torchrun and Slurm signal whole process groups: the rank still needs its workers until it has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _arrived(batches: dict[str, Batch], copied: torch.cuda.Event) -> dict[str, Batch]:

@@ -49,7 +49,7 @@ class BufferPool:
 
     def pack(self, tensor: Tensor) -> "Tensor | Parcel":
         """What to send for `tensor`, which came from `empty` (or is its front part)."""
-        address = tensor.data_ptr() - _HEADER
+        address = tensor.untyped_storage().data_ptr()
         for slot, buffer in enumerate(self._buffers):
             if buffer.data_ptr() == address:
                 is_new, self._is_new[slot] = self._is_new[slot], False
@@ -72,9 +72,14 @@ class BufferPool:
         else:
             return None
         # Some room to grow: batches of photographs differ in their largest sides.
-        storage = torch.UntypedStorage._new_shared(num_bytes + num_bytes // 4, device="cpu")  # type: ignore[no-untyped-call]
-        self._buffers[slot], self._is_new[slot] = torch.empty(0, dtype=torch.uint8).set_(storage), True
+        self._buffers[slot], self._is_new[slot] = _shared(num_bytes + num_bytes // 4), True
         return slot
+
+
+def _shared(num_bytes: int) -> Tensor:
+    """Zeros in shared memory that no file name refers to, as torch's own collate function makes them."""
+    storage = torch.UntypedStorage._new_shared(num_bytes, device="cpu")  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 class Parcel:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nldist.errors import UserError
+from nldist.memory import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -63,6 +64,8 @@ class World:
         """
         world = cls._from_environment(device)
         torch.set_num_threads(num_threads or _default_threads())
+        if world.device.type == "cpu":
+            keep_freed_memory()
         if world.size > 1:
             _init_process_group(world, timeout_seconds)
         try:

@@ -148,9 +148,7 @@ class _Sums:
         num_outside = len(values) - int(np.count_nonzero((values >= 0) & (values <= 1)))
         num_samples, num_outside = world.all_reduce(torch.tensor([len(values), num_outside])).tolist()
         if num_outside:
-            raise ValueError(
-                f"{num_outside} of {num_samples} losses lie outside [0, 1]: normalise them first"
-            )
+            raise ValueError(f"{num_outside} of {num_samples} losses lie outside [0, 1]: normalise them first")
         self.low, self.high = _extremes(values, world)
         # A sum must fit int64: num_samples * 2^bits < 2^63.
         self._scale = 2.0 ** min(_MAX_BITS, 63 - num_samples.bit_length())
@@ -199,9 +197,7 @@ def _refuse_non_finite(values: np.ndarray, world: World) -> None:
         for rank, (start, (_, num_bad, first, last)) in enumerate(zip(starts, facts, strict=True))
         if num_bad
     )
-    raise FloatingPointError(
-        f"{facts[:, 1].sum()} of {facts[:, 0].sum()} losses are NaN or infinite ({where})"
-    )
+    raise FloatingPointError(f"{facts[:, 1].sum()} of {facts[:, 0].sum()} losses are NaN or infinite ({where})")
 
 
 def _moments(x: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -166,6 +166,16 @@ def test_images_with_an_orientation_tag_are_turned(tmp_path: Path) -> None:
     assert torch.equal(batches["all"].images[2, :, :40, :30], image)
 
 
+def test_png_files_of_16_bits_are_scaled_not_wrapped(damaged: Index) -> None:
+    grey = np.arange(48, dtype=np.uint16).reshape(6, 8) * 1390
+    out = io.BytesIO()
+    Image.fromarray(grey).save(out, "PNG")
+    _overwrite(damaged, 1, out.getvalue(), height=6, width=8)
+    (batches,) = Stream(damaged, None, sweep(NUM, rank=0, size=1, batch_size=NUM))
+    wanted = torch.from_numpy(grey.astype(np.float64) / 257)
+    assert (batches["all"].images[1] - wanted).abs().max() < 1
+
+
 def _overwrite(index: Index, id_: int, data: bytes, **facts: int) -> None:
     """Replace an image's bytes at their place in the tar, or with `facts` behind its end and in the index."""
     path = Path(index.shards[index.shard[id_]])
