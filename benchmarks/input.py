@@ -13,7 +13,8 @@ same images `--passes` times and counts everything from the start of its worker 
 
 All share the machine's cores: the main process competes with the workers, as it does in training on a CPU. CPU time
 (of the process and its workers) is recorded too, because a busy machine distorts it less. For all of them the C
-library keeps freed memory, as it does in a run (`nldist.memory`): else most of the time of cropping goes into clearing fresh pages.
+library keeps freed memory, as it does in a run (`nldist.memory`): else most of the time of cropping goes into
+clearing fresh pages.
 """
 
 import argparse

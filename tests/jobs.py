@@ -22,7 +22,8 @@ def run_job(
 ) -> list[int | None]:
     """Train configs/demo.yaml with overrides; returns each rank's exit code (negative: the signal that ended it).
 
-    `kill=(rank, n)` ends that rank by SIGKILL after its n-th step; `stop=(rank, n)` sends it SIGTERM then.
+    `kill=(rank, n)` ends that rank by SIGKILL after its n-th step; `stop=(rank, n)` sends it
+    and its data workers SIGTERM then, as torchrun and Slurm do.
     """
     arguments = [str(DEMO), f"run.dir={run_dir}", "dist.num_threads=1", "dist.device=cpu", "track.enabled=false"]
     port = free_port()
@@ -55,6 +56,7 @@ def _run_rank(
     kill: tuple[int, int] | None,
     stop: tuple[int, int] | None,
 ) -> None:
+    os.setpgid(0, 0)
     log = run_dir.with_name(f"{run_dir.name}.rank{rank}.log").open("a", buffering=1)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
@@ -72,14 +74,14 @@ def _run_rank(
 
 
 def _signal_after(num_steps: int, number: signal.Signals) -> None:
-    """Send this process a signal when it has done `num_steps` steps of any pass."""
+    """Send this process and its workers a signal when it has done `num_steps` steps of any pass."""
     original, done = Trainer._continue_after, 0
 
     def counting(self: Trainer, *arguments: object) -> bool:
         nonlocal done
         done += 1
         if done == num_steps:
-            os.kill(os.getpid(), number)
+            os.killpg(0, number)
         return original(self, *arguments)  # type: ignore[arg-type]
 
     Trainer._continue_after = counting  # type: ignore[method-assign,assignment]

@@ -194,7 +194,6 @@ def test_overrides_are_read_as_yaml(small: Path) -> None:
     ("override", "nearest"),
     [
         ("train.epoch=3", "train.epochs"),
-        ("optim.learning_rate=0.1", "optim."),
         ("method.dividemix.lamda_u=5", "method.dividemix.lambda_u"),
         ("tain.epochs=3", "train"),
     ],
@@ -202,7 +201,36 @@ def test_overrides_are_read_as_yaml(small: Path) -> None:
 def test_an_unknown_key_gets_the_nearest_right_one(small: Path, override: str, nearest: str) -> None:
     text = complaint(small, override)
     assert f"is not a setting; did you mean {nearest}" in text
+
+
+def test_a_key_that_is_near_none_gets_the_list(small: Path) -> None:
+    text = complaint(small, "optim.learning_rate=0.1")
+    assert "optim.learning_rate is not a setting; the settings here are optim.lr, optim.momentum" in text
     assert str(small) in text
+
+
+@pytest.mark.parametrize(
+    ("include", "words"), [("include:", "must be a list of files"), ("include: [3]", "must be a list of files")]
+)
+def test_an_include_that_is_no_file_is_refused(small: Path, include: str, words: str) -> None:
+    small.write_text(f"{include}\n{small.read_text()}")
+    assert words in complaint(small)
+
+
+def test_a_file_that_is_not_text_is_refused(small: Path) -> None:
+    small.write_bytes(b"\xff\xfe\x00")
+    assert "not valid YAML" in complaint(small)
+
+
+def test_yaml_cannot_make_objects(small: Path) -> None:
+    small.write_text("run: !!python/object/apply:os.mkdir [pwned]\n")
+    assert "not valid YAML" in complaint(small)
+    assert not Path("pwned").exists()
+
+
+def test_names_may_look_like_numbers(small: Path) -> None:
+    config = load_config(small, ["run.dir=2024", "data.label_set=50"])
+    assert (config.run.dir, config.data.label_set) == (Path("2024"), "50")
 
 
 @pytest.mark.parametrize(

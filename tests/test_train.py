@@ -77,9 +77,12 @@ def test_resume_is_exact_with_every_kind_of_state(
     assert_same_weights(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(undisturbed: Path, digits: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_sigterm_saves_and_the_same_command_goes_on(
+    num_workers: int, undisturbed: Path, digits: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
-    arguments = (f"data.root={digits}", *SHORT, "train.checkpoint_every_steps=0")
+    arguments = (f"data.root={digits}", *SHORT, "train.checkpoint_every_steps=0", f"data.num_workers={num_workers}")
     assert run_job(run_dir, *arguments, world_size=2, stop=(1, 37)) == [143, 143]
     assert "stopped at e0001" in output(run_dir)
     assert run_job(run_dir, *arguments, world_size=2) == [0, 0]

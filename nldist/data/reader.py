@@ -117,7 +117,7 @@ class Reader:
         """One image, uint8 (height, width, 3)."""
         data = self._shards.read(row.shard, row.offset, row.size)
         # torchvision's PNG decoder can crash the process on damaged bytes; the others raise.
-        if data.startswith(_PNG) and zlib.crc32(data) != row.crc32:
+        if data[:4] == _PNG and zlib.crc32(data) != row.crc32:
             raise _BadRecordError(_CHANGED)
         try:
             image = _decode(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB.value, True)

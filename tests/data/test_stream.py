@@ -185,9 +185,27 @@ def _overwrite(index: Index, id_: int, data: bytes, **facts: int) -> None:
         tar.write(data)
     if facts:
         records = np.array(index.records)
-        for name, value in (facts | {"offset": offset, "size": len(data)}).items():
+        for name, value in (facts | {"offset": offset, "size": len(data), "crc32": zlib.crc32(data)}).items():
             records[name][id_] = value
         index.records = records
+
+
+def test_a_flipped_byte_in_a_png_is_a_bad_record_and_not_a_crash(damaged: Index) -> None:
+    """torchvision's decoder ends the process on some of these."""
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)).save(out, "PNG")
+    _overwrite(damaged, 1, out.getvalue(), height=6, width=8)
+    path, offset = Path(damaged.shards[damaged.shard[1]]), int(damaged.offset[1])
+    for place in range(8, len(out.getvalue()), 7):
+        flipped = bytearray(out.getvalue())
+        flipped[place] ^= 0x55
+        with open(path, "r+b") as tar:
+            tar.seek(offset)
+            tar.write(flipped)
+        stream = Stream(damaged, None, sweep(NUM, rank=0, size=1, batch_size=NUM))
+        assert [len(batches["all"]) for batches in stream] == [NUM - 1]
+        assert stream.first_bad is not None
+        assert "CRC-32" in stream.first_bad
 
 
 def _damage(index: Index, id_: int) -> None:
