@@ -53,7 +53,7 @@ class DataSection(Section):
         16384, description="records shuffled together, so that reads stay sequential; 'whole' = all of a rank's"
     )
     on_bad: Literal["skip", "refuse"] = Field("skip", description="what to do with a record that cannot be decoded")
-    max_side: int = Field(1024, ge=8, description="images with a longer side (pixels) are shrunk when decoded")
+    max_side: int = Field(512, ge=8, description="images with a longer side (pixels) are shrunk when decoded")
     cache_dir: File | None = Field(None, description="node-local directory for copies of remote shards")
     cache_gib: float = Field(100.0, gt=0, description="size limit of cache_dir in GiB")
 

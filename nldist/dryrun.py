@@ -11,8 +11,9 @@ from nldist.data.stream import Batch
 from nldist.dist.world import World
 from nldist.methods import build_method
 from nldist.methods.base import Context, Method
-from nldist.train import build_context
+from nldist.train import build_context, check_size
 
+_STEPS_AHEAD = 4  # batches of one worker that are made, waiting or in use
 _PROBE = 4  # images in the forward and backward pass that measures activations
 
 
@@ -24,6 +25,7 @@ def dry_run(config: Config, world_size: int) -> Iterator[str]:
     """
     world = World.single()
     context = build_context(config, world)
+    check_size(len(context.train), world_size)
     yield from _data_lines(context)
     method = build_method(context)
     yield from _phase_lines(context, method, world_size)
@@ -79,9 +81,21 @@ def _memory_lines(context: Context, method: Method, world_size: int) -> Iterator
         f"memory      per rank about {_mib(fixed)} weights, gradients and momentum + "
         f"{_mib(activations)} activations of {num_rows} images"
     )
+    num_workers = context.config.data.num_workers
+    shared = num_workers * _STEPS_AHEAD * _largest_batch_bytes(context)
+    yield f"reading     per rank {num_workers} worker(s) with at most about {_mib(shared)} of shared memory"
     state = context.table.bytes_per_sample
     owned = -(-len(context.train) // world_size)
     yield f"state       {state} bytes per sample, {_mib(state * owned)} on each rank"
+
+
+def _largest_batch_bytes(context: Context) -> int:
+    """A sweep's batch of the largest images, as they are decoded."""
+    largest = 0
+    for index in (context.train, context.evaluation):
+        sides = [min(int(side.max()), context.config.data.max_side) for side in (index.height, index.width)]
+        largest = max(largest, 3 * sides[0] * sides[1])
+    return largest * context.config.train.eval_batch_size
 
 
 def _activation_bytes(context: Context, model: nn.Module) -> float:

@@ -37,13 +37,14 @@ def evaluate(
         metrics = task.finish()
         confusion = task.confusion.cpu().numpy()
         classes = task.context.evaluation.classes
-        by_class = 100 * confusion.diagonal() / confusion.sum(1).clip(min=1)
+        totals, hits = confusion.sum(1).tolist(), confusion.diagonal().tolist()
+        by_class = [round(100 * hit / total, 3) if total else None for hit, total in zip(hits, totals, strict=True)]
         result = {
             "run": str(run_dir),
             "split": task.context.evaluation.split,
             "weights": weights,
             **metrics,
-            "by_class": {name: round(float(value), 3) for name, value in zip(classes, by_class, strict=True)},
+            "by_class": dict(zip(classes, by_class, strict=True)),
         }
         if world.is_main:
             name = f"{result['split']}-{weights}"
@@ -56,7 +57,7 @@ def _evaluation(run: RunDirectory, config: Config, world: World, split: str, wei
     """An evaluation pass with all its steps done."""
     index = Index.open(config.data.root, split, config.data.cache_dir)
     context = Context(config, world, index, index, index.label, None, SampleTable(len(index), world))
-    networks = [network.to(world.device) for network in run.load_networks(weights, config, index.num_classes)]
+    networks = [network.to(world.device) for network in run.load_networks(weights, config, index.classes)]
     task = EvaluationPass(context, lambda images: ensemble(networks, images))
     plan = task.plan()
     task.start(plan.num_steps, 0)

@@ -32,6 +32,7 @@ def prior_penalty(probabilities: Tensor, world: World) -> Tensor:
     prior = 1 / probabilities.shape[1]
     local_mean = probabilities.mean(0)
     global_mean = world.all_reduce(local_mean.detach().clone()) / world.size
+    global_mean = global_mean.clamp_min(torch.finfo(global_mean.dtype).tiny)
     value = (prior * (prior / global_mean).log()).sum()
     surrogate = (-(prior / global_mean) * local_mean).sum()
     return surrogate + (value - surrogate).detach()
@@ -39,8 +40,7 @@ def prior_penalty(probabilities: Tensor, world: World) -> Tensor:
 
 def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
     """p_c^(1/T) / sum_c' p_c'^(1/T) (DivideMix, equation 4)."""
-    powers = probabilities.pow(1 / temperature)
-    return powers / powers.sum(1, keepdim=True)
+    return (probabilities.log() / temperature).softmax(1)  # as powers, small T would underflow to 0/0
 
 
 def mix(values: Tensor, permutation: Tensor, weight: float, num_rows: int) -> Tensor:

@@ -1,5 +1,6 @@
 """What a run leaves for people and scripts: summary, plots, the samples' table, the line of an epoch."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,9 @@ def sample_columns(context: Context, num_networks: int) -> dict[str, np.ndarray]
     names = [f"clean{n}" for n in range(num_networks) if f"clean{n}" in context.table]
     if not names:
         return {}
-    columns = {"clean_probability": np.mean([context.table.gather(name) for name in names], axis=0)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a sample that no network has seen stays NaN
+        columns = {"clean_probability": np.nanmean([context.table.gather(name) for name in names], axis=0)}
     for number in range(len(names)):
         columns[f"predicted{number}"] = context.table.gather(f"predicted{number}")
     return columns

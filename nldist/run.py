@@ -20,7 +20,6 @@ from nldist.models import Classifier, build_model
 _FREE = (
     "run.dir",
     "data.root",
-    "train.epochs",
     "train.checkpoint_every_steps",
     "train.keep_checkpoints",
     "data.num_workers",
@@ -51,22 +50,27 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"run directory {self.path} cannot be written: {error.strerror}") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock, which forked data workers would inherit and keep when their rank is killed.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{self.path} is in use by a running job; set another run.dir") from None
         self._check_same(config)
+
+    def write_config(self, config: Config) -> None:
+        """Write config.yaml, once all of it has proved usable."""
         write_text(self.path / "config.yaml", config.to_yaml())
 
     def _check_same(self, config: Config) -> None:
         file = self.path / "config.yaml"
-        if not file.exists():
+        if not file.exists() or not any((self.path / "checkpoints").iterdir()):
             return
+        free = _FREE if config.optim.schedule == "cosine" else (*_FREE, "train.epochs")
         before = dict(flatten(yaml.safe_load(file.read_text())))
         after = config.flat()
         changed = [
             f"{key} ({before.get(key)} -> {after.get(key)})"
             for key in sorted(before.keys() | after.keys())
-            if before.get(key) != after.get(key) and not key.startswith(_FREE)
+            if before.get(key) != after.get(key) and not key.startswith(free)
         ]
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -94,26 +98,28 @@ class RunDirectory:
     def save_weights(self, which: str, networks: list[nn.Module], facts: dict[str, Any]) -> None:
         """Write weights/WHICH.pt: {"networks": [state dict, ...], ...facts}, loadable with weights_only=True."""
         states = [network.state_dict() for network in networks]
-        save_file(facts | {"networks": states}, self.path / "weights" / f"{which}.pt")
+        path = self.path / "weights" / f"{which}.pt"
+        try:
+            save_file(facts | {"networks": states}, path)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            raise UserError(f"{path} was not saved: {error}; free some space") from None
 
-    def load_networks(self, which: str, config: Config, num_classes: int) -> list[Classifier]:
+    def load_networks(self, which: str, config: Config, classes: list[str]) -> list[Classifier]:
         """The networks of weights/WHICH.pt in eval mode.
 
         Raises:
-            UserError: the run has no such weights, or they are for another number of classes.
+            UserError: the run has no such weights, or they are for other classes.
         """
         file = self.path / "weights" / f"{which}.pt"
         if not file.exists():
             raise UserError(f"{self.path} has no weights/{which}.pt yet: no epoch has ended")
+        saved = load_file(file)
+        if saved["classes"] != classes:
+            raise UserError(f"{file} is for other classes (or another order of them) than {config.data.root} has")
         networks = []
-        for state in load_file(file)["networks"]:
-            network = build_model(config.model.name, num_classes)
-            try:
-                network.load_state_dict(state)
-            except RuntimeError as error:
-                reason = str(error).splitlines()[-1].strip()
-                name = config.model.name
-                raise UserError(f"{file} does not fit {name} with {num_classes} classes: {reason}") from None
+        for state in saved["networks"]:
+            network = build_model(config.model.name, len(classes))
+            network.load_state_dict(state)
             networks.append(network.eval())
         return networks
 

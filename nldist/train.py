@@ -2,6 +2,7 @@
 
 import math
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,18 @@ def build_context(config: Config, world: World) -> Context:
     data = config.data
     index = Index.open(data.root, data.train_split, data.cache_dir)
     evaluation = Index.open(data.root, data.eval_split, data.cache_dir)
-    if len(index) < 2 * world.size:
-        raise UserError(f"{data.root}/{data.train_split} has {len(index)} samples: too few for {world.size} ranks")
+    if index.classes != evaluation.classes:
+        raise UserError(f"{data.root}: splits {data.train_split} and {data.eval_split} have different classes")
+    check_size(len(index), world.size)
     clean = index.labels(data.clean_label_set) if data.clean_label_set in index.label_sets() else None
     table = SampleTable(len(index), world)
     return Context(config, world, index, evaluation, index.labels(data.label_set), clean, table)
+
+
+def check_size(num_samples: int, world_size: int) -> None:
+    """Refuse (UserError) more ranks than there are pairs of training samples."""
+    if num_samples < 2 * world_size:
+        raise UserError(f"{num_samples} training samples are too few for {world_size} ranks; use fewer")
 
 
 class Trainer:
@@ -77,22 +85,39 @@ class Trainer:
             "quality": {},  # of the latest division
         }
         self.meter = Meter()
+        self._stream: Stream | None = None  # of the present pass
+        self._seen_before = [0, 0]  # images and bad records of the present pass before it was resumed
         self._steps_since_save, self._steps_since_check = 0, 0
         self._resume()
         self._began = time.perf_counter() - self.record["seconds"]
+        if world.is_main:
+            run.write_config(config)
         self.tracker = self._open_tracker()
 
     def _resume(self) -> None:
+        fingerprint = self._common_fingerprint()
         path = self.checkpoints.latest()
         if path is None:
             return
         self.position, shared, rank = self.checkpoints.load(path, self.context.table)
+        if shared["fingerprint"] != fingerprint:
+            root, labels = self.config.data.root, self.config.data.label_set or "given labels"
+            raise UserError(
+                f"{self.run.path} was trained on other samples than {root} ({labels}) holds now; set another run.dir"
+            )
         self.method.load_state_dict(shared["method"])
         self.record = shared["record"]
         if rank is not None:
             self.method.load_rank_state_dict(rank["method"])
-            self.meter = Meter(rank["meter"])
+            self.meter, self._seen_before = Meter(rank["meter"]), rank["seen"]
         self._say(f"resumed from {path.name} with {self.world.size} rank(s), written by {shared['world_size']}")
+
+    def _common_fingerprint(self) -> str:
+        """The data's fingerprint, after checking that every node's copy has the same."""
+        fingerprint = self.context.fingerprint
+        if self.world.broadcast_object(fingerprint) != fingerprint:
+            raise UserError(f"{self.config.data.root} on {socket.gethostname()} is not the data set that rank 0 sees")
+        return fingerprint
 
     def _open_tracker(self) -> Tracker:
         if not self.world.is_main:
@@ -146,10 +171,10 @@ class Trainer:
         """Run one pass from the present position to its end; False if stopped on the way, with all saved."""
         plan, start = task.plan(), self.position.step
         task.start(plan.num_steps, start)
-        stream = self.context.stream(task.split, plan, start)
+        stream = self._stream = self.context.stream(task.split, plan, start)
         watch = Watch(f"{title} {task.name}", plan.num_steps, start, self.config.track.every_seconds)
         for step, batches in enumerate(stream, start=start):
-            if task.trains and not any(len(batch) for batch in batches.values()):
+            if task.trains and not len(next(iter(batches.values()))):
                 raise UserError(f"step {step} of {task.name} has no readable image: {stream.first_bad}")
             self._seed(step)
             self.meter.add(task.step(batches, step))
@@ -183,21 +208,18 @@ class Trainer:
 
     def _finish_pass(self, task: Pass, stream: Stream, watch: Watch) -> None:
         """Gather what the pass found into the epoch's metrics."""
-        counts = torch.tensor([stream.num_images, stream.num_bad])
-        num_images, num_bad = self.world.all_reduce(counts).tolist()
+        num_images, num_bad = self.world.all_reduce(torch.tensor(self._seen())).tolist()
         if task.trains:
             self.record["train_images"] += num_images
             self.record["train_seconds"] += watch.seconds
         self.record["num_bad"] += num_bad
+        self._check_finite()
         means = self.meter.reduce(self.world)
-        for name, value in means.items():
-            if not math.isfinite(value):
-                raise UserError(f"{name} of {task.name} has become {value}; lower optim.lr or set optim.clip_norm")
         prefix = f"{task.name}/"
         rates = watch.rates(num_images, stream.wait_seconds)
         self.record["epoch"] |= {prefix + name: value for name, value in (means | rates).items()}
         self.record["epoch"] |= task.finish()
-        self.meter = Meter()
+        self.meter, self._stream, self._seen_before = Meter(), None, [0, 0]
         if (self.position.epoch + 1) % self.config.track.histogram_every == 0:
             for name, split in task.splits().items():
                 self._plot(report.loss_histogram(self.run.path, self.context, self.position.epoch, name, split))
@@ -240,11 +262,31 @@ class Trainer:
         if accuracy >= max(self.record["accuracies"]):
             self.run.save_weights("best", networks, facts)
 
+    def _seen(self) -> list[int]:
+        """Images and bad records of the present pass on this rank."""
+        now = [self._stream.num_images, self._stream.num_bad] if self._stream else [0, 0]
+        return [a + b for a, b in zip(now, self._seen_before, strict=True)]
+
+    def _check_finite(self) -> None:
+        """Before anything is saved: a run must not go on from what has diverged."""
+        for name, value in self.meter.means().items():
+            if not math.isfinite(value):
+                raise UserError(f"{name} has become {value}: lower optim.lr or set optim.clip_norm, in another run.dir")
+
     def _save(self, position: Position) -> None:
+        self._check_finite()
         self.position = position
         self.record["seconds"] = time.perf_counter() - self._began
-        shared = {"method": self.method.state_dict(), "record": self.record}
-        rank = {"method": self.method.rank_state_dict(), "meter": self.meter.state_dict()}
+        shared = {
+            "method": self.method.state_dict(),
+            "record": self.record,
+            "fingerprint": self.context.fingerprint,
+        }
+        rank = {
+            "method": self.method.rank_state_dict(),
+            "meter": self.meter.state_dict(),
+            "seen": [0, 0] if position.step == 0 else self._seen(),
+        }
         self.checkpoints.save(position, shared, rank, self.context.table)
         self._steps_since_save = 0
 

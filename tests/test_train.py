@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.conftest import run_tool
 from tests.jobs import output, run_job
 
 # A warm-up epoch and two of DivideMix, with checkpoints so frequent that a kill falls between any two of them.
@@ -70,7 +72,7 @@ def test_resume_is_exact_with_every_kind_of_state(
 ) -> None:
     arguments = (f"data.root={digits}", *SHORT, *options)
     assert run_job(tmp_path / "whole", *arguments, world_size=world_size) == [0] * world_size
-    steps = (20, 40, 25) if world_size == 3 else (30, 70, 50)
+    steps = (12, 15, 8) if world_size == 3 else (30, 25, 12)
     for step in steps:
         assert run_job(tmp_path / "cut", *arguments, world_size=world_size, kill=(world_size - 1, step))[-1] == -9
     assert run_job(tmp_path / "cut", *arguments, world_size=world_size) == [0] * world_size
@@ -98,6 +100,44 @@ def test_another_world_size_goes_on_from_the_last_whole_epoch(world_size: int, d
     assert "resumed from e0001-p00-s000000000" in output(run_dir)
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["epochs"], summary["world_size"]) == (3, world_size)
+
+
+def test_another_world_size_in_the_first_epoch_starts_again_and_keeps_its_own_checkpoints(
+    digits: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = (f"data.root={digits}", *SHORT)
+    assert run_job(run_dir, *arguments, world_size=2, kill=(0, 14))[0] == -9
+    assert run_job(run_dir, *arguments, kill=(0, 12)) == [-9]
+    assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == [
+        "e0000-p00-s000000005",
+        "e0000-p00-s000000010",
+    ]
+
+
+def test_a_run_does_not_go_on_with_other_data(digits: Path, tmp_path: Path) -> None:
+    run_dir, other = tmp_path / "run", tmp_path / "digits"
+    shutil.copytree(digits, other)
+    assert run_job(run_dir, f"data.root={digits}", *SHORT, kill=(0, 30)) == [-9]
+    assert run_job(run_dir, f"data.root={other}", *SHORT, kill=(0, 3)) == [-9], "a copy is the same data"
+    (other / "train" / "labels" / "sym50.parquet").unlink()
+    run_tool("tools/noise.py", other, "--model", "symmetric", "--rate", 0.5, "--seed", 1, "--name", "sym50")
+    assert run_job(run_dir, f"data.root={other}", *SHORT) == [2]
+    assert "was trained on other samples" in output(run_dir)
+
+
+def test_the_samples_table_of_a_subset_run_has_what_either_network_saw(digits: Path, tmp_path: Path) -> None:
+    arguments = (f"data.root={digits}", "train.epochs=2", "method.dividemix.warmup_epochs=1")
+    assert run_job(tmp_path / "run", *arguments, "method.dividemix.subset=400") == [0]
+    samples = pq.read_table(tmp_path / "run" / "tables" / "samples.parquet").to_pydict()
+    seen = np.isfinite(samples["clean_probability"]).sum()
+    assert 600 < seen < 800, "two subsets of 400 of 1,437 that overlap by chance"
+
+
+def test_a_start_that_was_refused_leaves_no_settings_behind(digits: Path, tmp_path: Path) -> None:
+    arguments = (f"data.root={digits}", *SHORT)
+    assert run_job(tmp_path / "run", *arguments, "data.label_set=sym99") == [2]
+    assert run_job(tmp_path / "run", *arguments, kill=(0, 3)) == [-9]
 
 
 def test_a_run_leaves_what_scripts_and_people_read(undisturbed: Path) -> None:

@@ -19,9 +19,6 @@ from nldist.errors import UserError
 
 OnBad = Literal["skip", "refuse"]
 
-_PNG = b"\x89PNG"
-_CHANGED = "its bytes are not those that were indexed (CRC-32)"
-
 
 class Row(NamedTuple):
     """A row of the index (`index.RECORD`) as plain numbers."""
@@ -116,14 +113,12 @@ class Reader:
     def _image(self, row: Row, height: int, width: int) -> Tensor:
         """One image, uint8 (height, width, 3)."""
         data = self._shards.read(row.shard, row.offset, row.size)
-        # torchvision's PNG decoder can crash the process on damaged bytes; the others raise.
-        if data[:4] == _PNG and zlib.crc32(data) != row.crc32:
-            raise _BadRecordError(_CHANGED)
+        # First: damaged JPEGs mostly decode without an error, and damaged PNGs can crash torchvision's decoder.
+        if zlib.crc32(data) != row.crc32:
+            raise _BadRecordError("its bytes are not those that were indexed (CRC-32)")
         try:
             image = _decode(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB.value, True)
         except (RuntimeError, ValueError) as error:
-            if zlib.crc32(data) != row.crc32:
-                raise _BadRecordError(_CHANGED) from error
             raise _BadRecordError(f"cannot be decoded ({_one_line(error)})") from error
         if image.dtype == torch.uint16:  # a PNG file of 16 bits
             image = (image.int() // 257).to(torch.uint8)

@@ -59,15 +59,19 @@ class Checkpoints:
         self._all_ok(lambda: self._prepare(aside))
         self._all_ok(lambda: self._write(aside, position, shared, rank, table))
         if self._world.is_main:
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(aside, final)
+            if final.exists():  # saved before a restart: the same state
+                shutil.rmtree(aside)
+            else:
+                os.replace(aside, final)
+                _sync(self._directory)
             self._prune()
         self._world.barrier()
         return final
 
     def _prepare(self, aside: Path) -> None:
         if self._world.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
+            for leftover in [*self._directory.glob("*.part"), *self._directory.glob("*.gone")]:
+                shutil.rmtree(leftover)
             (aside / "tables").mkdir(parents=True)
 
     def _write(
@@ -102,18 +106,19 @@ class Checkpoints:
         if self._world.is_main:
             complete = self._complete()
             choice = next((p for p in reversed(complete) if self._fits(p)), None)
-            for path in complete[complete.index(choice) + 1 :] if choice else ():
-                shutil.rmtree(path)
+            for path in complete[complete.index(choice) + 1 if choice else 0 :]:
+                _remove(path)
         return self._world.broadcast_object(choice)
 
     def load(self, path: Path, table: SampleTable) -> tuple[Position, dict[str, Any], dict[str, Any] | None]:
         """Read a checkpoint: its position, the shared state, and this rank's own (None at another world size)."""
         shared = load_file(path / "shared.pt")
         table.load(path / "tables")
-        rank = None
+        position, rank = Position(**shared["position"]), None
         if shared["world_size"] == self._world.size:
             rank = load_file(path / f"rank-{self._world.rank:05d}.pt")
-        return Position(**shared["position"]), shared, rank
+        assert rank is not None or position.at_epoch_edge, "a checkpoint within an epoch fits its own world only"
+        return position, shared, rank
 
     def _fits(self, path: Path) -> bool:
         return _position(path).at_epoch_edge or len(list(path.glob("rank-*.pt"))) == self._world.size
@@ -126,7 +131,21 @@ class Checkpoints:
         paths = self._complete()
         edges = [p for p in paths if _position(p).at_epoch_edge]
         for path in set(paths[: -self._keep]) - set(edges[-1:]):
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Rename first: a directory that is being deleted must not look like a checkpoint."""
+    gone = path.with_name(path.name + ".gone")
+    os.replace(path, gone)
+    shutil.rmtree(gone)
+
+
+def _sync(directory: Path) -> None:
+    """Make renames in a directory survive the loss of the node."""
+    handle = os.open(directory, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def _position(path: Path) -> Position:

@@ -103,7 +103,8 @@ class Engine:
         in another order than the undisturbed run: no longer bit-identical on a CPU.
         """
         buffers = [buffer.clone() for buffer in self.model.buffers()]
-        with torch.random.fork_rng(), self._precision():
+        device = self._world.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), self._precision():
             self._ddp(images).float().sum().backward()
         self._sgd.zero_grad()
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):

@@ -1,5 +1,6 @@
 """Per-sample state: named columns by dense id, each row kept by the rank that owns the sample."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +59,11 @@ class SampleTable:
     def save(self, directory: Path) -> None:
         """Write this rank's rows as one .npy file per column, named by its range of ids."""
         for name, column in self._columns.items():
-            np.save(directory / f"{name}.{self.owned.start:012d}-{self.owned.stop:012d}.npy", column)
+            path = directory / f"{name}.{self.owned.start:012d}-{self.owned.stop:012d}.npy"
+            with path.open("wb") as file:
+                np.save(file, column)
+                file.flush()
+                os.fsync(file.fileno())
 
     def load(self, directory: Path) -> None:
         """Read the owned rows from slices that any number of ranks wrote.

@@ -1,5 +1,7 @@
 """What a method is: phases of epochs, epochs of passes, passes of steps. The trainer knows only these."""
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -44,6 +46,15 @@ class Context:
         self.train_view = View(views.train, data.mean, data.std)
         self.eval_view = View(views.eval, data.mean, data.std)
         self._cache = ShardCache(data.cache_dir, int(data.cache_gib * 2**30)) if data.cache_dir else None
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the training samples, their order and their labels: what per-sample state belongs to."""
+        index = self.train
+        digest = hashlib.sha256(json.dumps([index.name, index.classes, len(index)]).encode())
+        for column in (index.crc32, index.label, self.labels):
+            digest.update(np.ascontiguousarray(column).data)
+        return digest.hexdigest()
 
     def stream(self, split: str, plan: Plan, start_step: int = 0) -> Stream:
         """The batches of a plan over the split "train" (with the labels to train with) or "evaluation"."""

@@ -1,6 +1,7 @@
 """DivideMix (Li, Socher, Hoi; ICLR 2020), in its CIFAR and its real-data form: algorithms section 2."""
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +37,8 @@ from nldist.methods.base import (
 )
 from nldist.methods.cross_entropy import cross_entropy
 
+log = logging.getLogger(__name__)
+
 # Purposes of plans and views within one epoch; warm-up uses the network's number.
 _DIVIDE = 16
 
@@ -48,6 +51,9 @@ class DivideMix(Method):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.settings = context.config.method.dividemix
+        least = max(context.train.num_classes, 4 * context.world.size)
+        if self.settings.subset is not None and self.settings.subset < least:
+            raise UserError(f"method.dividemix.subset={self.settings.subset} is too small: set {least} or more")
         self.stale: nn.Module | None = None  # network 0 as it was before this epoch, for peers=parallel
         history = context.config.method.mixture.history
         for number in range(self.num_networks):
@@ -190,7 +196,8 @@ class DividePass(EnginePass):
         labelled = np.flatnonzero(self._clean > self._settings.tau)
         unlabelled = np.flatnonzero(self._clean <= self._settings.tau)
         if len(labelled) < 2 * world.size:
-            # Too few to train on (the reference divides by zero here): take every label as clean this epoch.
+            # The reference divides by zero here.
+            log.warning("net%d: %d samples are too few to train on; all count as clean", self.number, len(labelled))
             labelled, unlabelled = np.flatnonzero(~np.isnan(self._clean)), unlabelled[:0]
             self._clean = np.ones_like(self._clean)
         return divided(
@@ -211,6 +218,7 @@ class DividePass(EnginePass):
         if self.number == 0 and start_step == 0 and self._settings.peers == "parallel":
             self._method.stale = copy.deepcopy(self.engine.model)
         self._peer = self._method.peer(self.number)
+        self._clean_on_device = torch.from_numpy(self._clean).to(self.context.world.device)
 
     def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
         """One step: guess targets, mix, descend (Algorithm 1, lines 11 to 27)."""
@@ -221,7 +229,9 @@ class DividePass(EnginePass):
         mixed, mixed_targets = self._mix(torch.cat([*x, *u]), torch.cat(targets), num_rows, step)
         logits = self.engine.forward(mixed)
         losses = self._losses(logits, mixed_targets, num_rows)
-        loss = losses["loss_x"] + losses["prior"] + self._lambda_u(step) * losses.get("loss_u", 0)
+        loss = losses["loss_x"] + losses["prior"]
+        if "loss_u" in losses:
+            loss = loss + self._lambda_u(step) * losses["loss_u"]
         self.descend(loss, step)
         return {name: value.detach() for name, value in losses.items()}
 
@@ -232,7 +242,7 @@ class DividePass(EnginePass):
 
     def _refine(self, batch: Batch, views: list[Tensor]) -> Tensor:
         """Co-refinement of the labelled (equations 3 and 4): this network only, by the peer's clean probability."""
-        clean = torch.from_numpy(self._clean[batch.ids.cpu().numpy()]).to(batch.ids.device)[:, None]
+        clean = self._clean_on_device[batch.ids][:, None]
         own = torch.stack([self.engine.predict(view).softmax(1) for view in views]).mean(0)
         labels = one_hot(batch.labels, own.shape[1])
         return sharpen(clean * labels + (1 - clean) * own, self._settings.temperature)
@@ -259,8 +269,9 @@ class DividePass(EnginePass):
             "loss_x": soft_cross_entropy(logits[:num_labelled], targets[:num_labelled]),
             "prior": prior_penalty(probabilities, self.context.world),
         }
-        if len(logits) > num_labelled:
-            losses["loss_u"] = class_mean_squared_error(probabilities[num_labelled:], targets[num_labelled:])
+        if self._settings.form == "cifar":
+            p, t = probabilities[num_labelled:], targets[num_labelled:]
+            losses["loss_u"] = class_mean_squared_error(p, t) if len(p) else p.sum()
         return losses
 
     def _lambda_u(self, step: int) -> float:

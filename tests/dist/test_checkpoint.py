@@ -1,4 +1,6 @@
+import contextlib
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,35 @@ def test_only_the_newest_are_kept_and_the_last_epoch_edge(tmp_path: Path) -> Non
         "e0001-p00-s000000010",
         "e0001-p01-s000000005",
     ]
+
+
+@pytest.mark.parametrize("operation", ["rmtree", "replace"])
+@pytest.mark.parametrize("call", range(6))
+def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(
+    operation: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill is simulated by an exception, once before and once halfway through the operation."""
+    save(World.single(), tmp_path, Position(1), Position(1, 0, 5), Position(1, 0, 10))
+    module = shutil if operation == "rmtree" else os
+    original, calls = getattr(module, operation), 0
+
+    def killed(path: Path, *arguments: object, **options: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call // 2 + 1:
+            if operation == "rmtree" and call % 2:
+                (path / "shared.pt").unlink(missing_ok=True)
+            raise KeyboardInterrupt
+        original(path, *arguments, **options)
+
+    monkeypatch.setattr(module, operation, killed)
+    with contextlib.suppress(KeyboardInterrupt):
+        save(World.single(), tmp_path, Position(1, 0, 15), Position(1, 0, 15), Position(1, 0, 20))
+    monkeypatch.undo()
+    name, _ = latest(World.single(), tmp_path)
+    assert name >= "e0001-p00-s000000005"
+    save(World.single(), tmp_path, Position(2))
+    assert not [p for p in tmp_path.iterdir() if p.suffix in (".part", ".gone")]
 
 
 def test_a_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
