@@ -1,6 +1,8 @@
 """A plan's batches on the device: plan -> read -> decode -> collate in worker processes -> device."""
 
+import atexit
 import logging
+import multiprocessing
 import signal
 import time
 import traceback
@@ -237,6 +239,14 @@ def _leave_signals_to_the_rank(_worker: int) -> None:
     """torchrun and Slurm signal whole process groups: the rank still needs its workers until it has saved."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End workers that an error has left behind: they do not heed the SIGTERM with which multiprocessing would."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _arrived(batches: dict[str, Batch], copied: torch.cuda.Event) -> dict[str, Batch]:
