@@ -19,7 +19,7 @@ DEMO := runs/demo
 TRAIN := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m nldist.cli train configs/demo.yaml
 
 demo: setup
-	$(BIN)/python tools/shard.py digits $(DEMO)/data
+	$(BIN)/python tools/shard.py digits $(DEMO)/data --name digits
 	$(BIN)/python tools/noise.py $(DEMO)/data --model symmetric --rate 0.5 --seed 0 --name sym50
 	OMP_NUM_THREADS=1 $(TRAIN) method.name=cross_entropy run.dir=$(DEMO)/cross_entropy
 	OMP_NUM_THREADS=1 $(TRAIN) method.name=dividemix run.dir=$(DEMO)/dividemix
