@@ -71,7 +71,8 @@ class Trainer:
         self.config, self.world, self.run = config, world, run
         self.context = build_context(config, world)
         self.method = build_method(self.context)
-        self.checkpoints = Checkpoints(run.path / "checkpoints", world, config.train.keep_checkpoints)
+        keep, fingerprint = config.train.keep_checkpoints, self._common_fingerprint()
+        self.checkpoints = Checkpoints(run.path / "checkpoints", world, keep, fingerprint)
         self.position = Position()
         # What the checkpoint keeps of the run's history.
         self.record: dict[str, Any] = {
@@ -95,16 +96,10 @@ class Trainer:
         self.tracker = self._open_tracker()
 
     def _resume(self) -> None:
-        fingerprint = self._common_fingerprint()
         path = self.checkpoints.latest()
         if path is None:
             return
         self.position, shared, rank = self.checkpoints.load(path, self.context.table)
-        if shared["fingerprint"] != fingerprint:
-            root, labels = self.config.data.root, self.config.data.label_set or "given labels"
-            raise UserError(
-                f"{self.run.path} was trained on other samples than {root} ({labels}) holds now; set another run.dir"
-            )
         self.method.load_state_dict(shared["method"])
         self.record = shared["record"]
         if rank is not None:
@@ -114,7 +109,7 @@ class Trainer:
 
     def _common_fingerprint(self) -> str:
         """The data's fingerprint, after checking that every node's copy has the same."""
-        fingerprint = self.context.fingerprint
+        fingerprint = self.context.fingerprint()
         if self.world.broadcast_object(fingerprint) != fingerprint:
             raise UserError(f"{self.config.data.root} on {socket.gethostname()} is not the data set that rank 0 sees")
         return fingerprint
@@ -277,11 +272,7 @@ class Trainer:
         self._check_finite()
         self.position = position
         self.record["seconds"] = time.perf_counter() - self._began
-        shared = {
-            "method": self.method.state_dict(),
-            "record": self.record,
-            "fingerprint": self.context.fingerprint,
-        }
+        shared = {"method": self.method.state_dict(), "record": self.record}
         rank = {
             "method": self.method.rank_state_dict(),
             "meter": self.meter.state_dict(),

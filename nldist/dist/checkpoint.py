@@ -43,10 +43,10 @@ class Position:
 
 
 class Checkpoints:
-    """The checkpoints of one run directory."""
+    """The checkpoints of one run directory, for the samples and labels that `fingerprint` names."""
 
-    def __init__(self, directory: Path, world: World, keep: int) -> None:
-        self._directory, self._world, self._keep = directory, world, keep
+    def __init__(self, directory: Path, world: World, keep: int, fingerprint: str) -> None:
+        self._directory, self._world, self._keep, self._fingerprint = directory, world, keep, fingerprint
 
     def save(self, position: Position, shared: Mapping[str, Any], rank: Mapping[str, Any], table: SampleTable) -> Path:
         """Write one checkpoint; it exists whole or not at all. A collective.
@@ -78,7 +78,12 @@ class Checkpoints:
         self, aside: Path, position: Position, shared: Mapping[str, Any], rank: Mapping[str, Any], table: SampleTable
     ) -> None:
         if self._world.is_main:
-            _save(dict(shared) | {"position": asdict(position), "world_size": self._world.size}, aside / "shared.pt")
+            facts = {
+                "position": asdict(position),
+                "world_size": self._world.size,
+                "fingerprint": self._fingerprint,
+            }
+            _save(dict(shared) | facts, aside / "shared.pt")
         _save(rank, aside / f"rank-{self._world.rank:05d}.pt")
         table.save(aside / "tables")
 
@@ -111,8 +116,14 @@ class Checkpoints:
         return self._world.broadcast_object(choice)
 
     def load(self, path: Path, table: SampleTable) -> tuple[Position, dict[str, Any], dict[str, Any] | None]:
-        """Read a checkpoint: its position, the shared state, and this rank's own (None at another world size)."""
+        """Read a checkpoint: its position, the shared state, and this rank's own (None at another world size).
+
+        Raises:
+            UserError: it was saved for other samples or labels.
+        """
         shared = load_file(path / "shared.pt")
+        if shared["fingerprint"] != self._fingerprint:
+            raise UserError(f"{path} is of a run on other samples or labels than data.root has now; set another run.dir")
         table.load(path / "tables")
         position, rank = Position(**shared["position"]), None
         if shared["world_size"] == self._world.size:

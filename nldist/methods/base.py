@@ -47,7 +47,6 @@ class Context:
         self.eval_view = View(views.eval, data.mean, data.std)
         self._cache = ShardCache(data.cache_dir, int(data.cache_gib * 2**30)) if data.cache_dir else None
 
-    @property
     def fingerprint(self) -> str:
         """Names the training samples, their order and their labels: what per-sample state belongs to."""
         index = self.train

@@ -21,7 +21,7 @@ def table(world: World) -> SampleTable:
 
 
 def save(world: World, directory: Path, *positions: Position) -> None:
-    checkpoints = Checkpoints(directory, world, keep=2)
+    checkpoints = Checkpoints(directory, world, keep=2, fingerprint="these")
     for position in positions:
         rows = table(world)
         rows["loss"][:] = position.epoch
@@ -29,7 +29,7 @@ def save(world: World, directory: Path, *positions: Position) -> None:
 
 
 def latest(world: World, directory: Path) -> tuple[str, object]:
-    checkpoints = Checkpoints(directory, world, keep=2)
+    checkpoints = Checkpoints(directory, world, keep=2, fingerprint="these")
     path = checkpoints.latest()
     assert path is not None
     position, shared, rank = checkpoints.load(path, table(world))
@@ -113,6 +113,15 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
     assert "rank 1 could not write" in first
     assert "No space left on device" in second
     assert not [p for p in tmp_path.iterdir() if not p.name.endswith(".part")]
+
+
+def test_state_of_other_samples_is_refused(tmp_path: Path) -> None:
+    save(World.single(), tmp_path, Position(1))
+    checkpoints = Checkpoints(tmp_path, World.single(), keep=2, fingerprint="others")
+    path = checkpoints.latest()
+    assert path is not None
+    with pytest.raises(UserError, match="other samples or labels"):
+        checkpoints.load(path, SampleTable(3, World.single()))
 
 
 class Payload:
