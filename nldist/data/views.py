@@ -89,5 +89,9 @@ class View:
     def _normalised(self, frame: Frame) -> Tensor:
         device = frame.pixels.device
         self._scale, self._shift = self._scale.to(device), self._shift.to(device)
-        values = frame.pixels.float().mul_(self._scale).add_(self._shift)
+        # Channels last, with whole lines as rows: vectors as long as a line, not as three channels.
+        lines = frame.pixels.permute(0, 2, 3, 1).float().flatten(2)
+        width = frame.pixels.shape[3]
+        scale, shift = (values.flatten().repeat(width) for values in (self._scale, self._shift))
+        values = lines.mul_(scale).add_(shift).view(*lines.shape[:2], width, 3).permute(0, 3, 1, 2)
         return values if frame.hidden is None else values.masked_fill_(frame.hidden, 0)
