@@ -87,7 +87,7 @@ class Trainer:
         }
         self.meter = Meter()
         self._stream: Stream | None = None  # of the present pass
-        self._seen_before = [0, 0]  # images and bad records of the present pass before it was resumed
+        self._bad_before = 0  # bad records of the present pass before it was resumed
         self._steps_since_save, self._steps_since_check = 0, 0
         self._resume()
         self._began = time.perf_counter() - self.record["seconds"]
@@ -104,7 +104,7 @@ class Trainer:
         self.record = shared["record"]
         if rank is not None:
             self.method.load_rank_state_dict(rank["method"])
-            self.meter, self._seen_before = Meter(rank["meter"]), rank["seen"]
+            self.meter, self._bad_before = Meter(rank["meter"]), rank["num_bad"]
         self._say(f"resumed from {path.name} with {self.world.size} rank(s), written by {shared['world_size']}")
 
     def _common_fingerprint(self) -> str:
@@ -203,7 +203,8 @@ class Trainer:
 
     def _finish_pass(self, task: Pass, stream: Stream, watch: Watch) -> None:
         """Gather what the pass found into the epoch's metrics."""
-        num_images, num_bad = self.world.all_reduce(torch.tensor(self._seen())).tolist()
+        counts = torch.tensor([stream.num_images, self._num_bad()])  # images: of the time that `watch` has seen
+        num_images, num_bad = self.world.all_reduce(counts).tolist()
         if task.trains:
             self.record["train_images"] += num_images
             self.record["train_seconds"] += watch.seconds
@@ -214,7 +215,7 @@ class Trainer:
         rates = watch.rates(num_images, stream.wait_seconds)
         self.record["epoch"] |= {prefix + name: value for name, value in (means | rates).items()}
         self.record["epoch"] |= task.finish()
-        self.meter, self._stream, self._seen_before = Meter(), None, [0, 0]
+        self.meter, self._stream, self._bad_before = Meter(), None, 0
         if (self.position.epoch + 1) % self.config.track.histogram_every == 0:
             for name, split in task.splits().items():
                 self._plot(report.loss_histogram(self.run.path, self.context, self.position.epoch, name, split))
@@ -257,10 +258,9 @@ class Trainer:
         if accuracy >= max(self.record["accuracies"]):
             self.run.save_weights("best", networks, facts)
 
-    def _seen(self) -> list[int]:
-        """Images and bad records of the present pass on this rank."""
-        now = [self._stream.num_images, self._stream.num_bad] if self._stream else [0, 0]
-        return [a + b for a, b in zip(now, self._seen_before, strict=True)]
+    def _num_bad(self) -> int:
+        """Bad records of the present pass on this rank."""
+        return self._bad_before + (self._stream.num_bad if self._stream else 0)
 
     def _check_finite(self) -> None:
         """Before anything is saved: a run must not go on from what has diverged."""
@@ -276,7 +276,7 @@ class Trainer:
         rank = {
             "method": self.method.rank_state_dict(),
             "meter": self.meter.state_dict(),
-            "seen": [0, 0] if position.step == 0 else self._seen(),
+            "num_bad": self._num_bad() if position.step else 0,
         }
         self.checkpoints.save(position, shared, rank, self.context.table)
         self._steps_since_save = 0
