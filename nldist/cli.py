@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train, or go on with an interrupted run; alone or under torchrun")
     _add_configuration(train)
+    train.add_argument("--stages", help="only these stages of the method, such as pretext,mine (default: all)")
     train.set_defaults(command=_train)
 
     evaluate = commands.add_parser("evaluate", help="accuracy of a run's weights on a split")
@@ -70,9 +71,9 @@ def _add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    from nldist.train import train
+    from nldist.stages import train
 
-    return train(config)
+    return train(config, options.stages.split(",") if options.stages else None)
 
 
 def _evaluate(options: argparse.Namespace) -> int:

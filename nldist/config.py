@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -31,6 +31,9 @@ class RunSection(Section):
     """Where the run keeps its files, and its randomness."""
 
     dir: File = Field(Path("runs/unnamed"), description="run directory: checkpoints, metrics, plots, summary")
+    stages_dir: File | None = Field(
+        None, description="where earlier stages keep their products, for several runs to share; none = in run.dir"
+    )
     seed: int = Field(0, ge=0, description="every random decision of the run follows from it")
 
 
@@ -62,6 +65,7 @@ class ViewsSection(Section):
     """Augmentations, as lists of operations (see nldist.data.views)."""
 
     train: list[ViewOp] = Field(description="random view for training")
+    strong: list[ViewOp] | None = Field(None, description="strong random view (ScanMix)")
     eval: list[ViewOp] = Field(description="fixed view for sweeps and evaluation")
 
 
@@ -75,12 +79,13 @@ class ModelSection(Section):
 
 
 class OptimSection(Section):
-    """SGD and its learning rate."""
+    """The optimiser and its learning rate."""
 
+    name: Literal["sgd", "adam"] = "sgd"
     lr: float = Field(0.02, gt=0, description="learning rate at the per-rank batch size of the configuration")
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(5e-4, ge=0)
-    nesterov: bool = False
+    nesterov: bool = Field(False, description="of SGD")
     schedule: Literal["step", "cosine"] = Field("step", description="step: times gamma at each milestone")
     milestones: list[int] = Field([], description="epochs at which schedule=step multiplies the rate by gamma")
     gamma: float = Field(0.1, gt=0, le=1)
@@ -113,6 +118,46 @@ class MixtureSection(Section):
     history: int = Field(1, ge=1, description="epochs of normalised losses averaged (reference: 5 at 90 % noise)")
 
 
+class PretextSection(Section):
+    """Stage pretext: self-supervised training of the backbone (algorithms 3.b A)."""
+
+    name: Literal["simclr", "moco"] = "simclr"
+    epochs: int = Field(500, ge=0, description="0 = keep the backbone of model.pretrained")
+    batch_size: int = Field(512, ge=4, description="images per step and rank, two views of each")
+    view: list[ViewOp] = Field(description="random view, drawn twice for each image")
+    optim: OptimSection = OptimSection(lr=0.4, weight_decay=1e-4, schedule="cosine", min_lr=4e-4)
+    dim: int = Field(128, ge=2, description="features of the projector")
+    temperature: float = Field(0.1, gt=0)
+    momentum: float = Field(0.999, ge=0, lt=1, description="of MoCo's momentum encoder, per step")
+    queue: int = Field(65536, ge=4, description="past keys that MoCo compares with")
+    knn_every: int = Field(10, ge=1, description="epochs between measurements of the k-NN accuracy")
+    knn_k: int = Field(20, ge=1, le=256, description="neighbours that vote in it")
+    knn_samples: int | None = Field(50_000, ge=2, description="training images that they are among; none = all")
+
+
+class MineSection(Section):
+    """Stage mine: the neighbour graph (algorithms 3.b A3)."""
+
+    k: int = Field(20, ge=1, le=255, description="neighbours of each image, itself not counted")
+    layer: Literal["projector", "backbone"] = Field("projector", description="features that are compared")
+    factory: Name = Field("Flat", description="FAISS index; Flat is exact")
+    num_probe: int | None = Field(None, ge=1, description="lists that an IVF index looks into")
+    block: int = Field(4096, ge=1, description="queries per step and rank")
+
+
+class ClusterSection(Section):
+    """Stage cluster: SCAN, clustering by neighbours (algorithms 3.b B)."""
+
+    epochs: int = Field(50, ge=1)
+    batch_size: int = Field(128, ge=2, description="anchors per step and rank, one neighbour of each")
+    view: list[ViewOp] = Field(description="random view of anchors and neighbours")
+    optim: OptimSection = OptimSection(name="adam", lr=1e-4, weight_decay=1e-4)
+    lambda_e: float = Field(5.0, ge=0, description="weight of the entropy of the mean prediction")
+    num_heads: int = Field(1, ge=1, description="clusterings learnt side by side; the best of them is taken")
+    head_only: bool = Field(False, description="keep the backbone as it is")
+    holdout: float = Field(0.05, gt=0, lt=1, description="share of the images kept apart to choose the epoch")
+
+
 class MixupMethod(Section):
     """Settings of method.name=mixup."""
 
@@ -140,12 +185,34 @@ class DivideMixMethod(Section):
     )
 
 
+ViewName = Literal["weak", "strong", "by_noise"]
+
+
+class ScanMixMethod(Section):
+    """Settings of method.name=scanmix, beside those of method.dividemix (algorithms section 3)."""
+
+    lambda_e: float = Field(5.0, ge=0, description="weight of the entropy of the mean prediction")
+    batch_size: int = Field(128, ge=2, description="anchors per step, rank and network in the clustering pass")
+    cluster_every: int | None = Field(
+        1, ge=1, description="epochs between clustering passes; none = never, the paper's ablation"
+    )
+    anchors: int | None = Field(None, ge=2, description="anchors drawn afresh for a clustering pass; none = all images")
+    include_self: bool = Field(True, description="count an image among its own neighbours, as the authors' code")
+    noise_threshold: float = Field(0.6, ge=0, le=1, description="estimated noise rate above which noise is high")
+    lr_low: float = Field(1e-5, gt=0, description="clustering learning rate at low noise")
+    lr_high: float = Field(1e-3, gt=0, description="clustering learning rate at high noise")
+    warmup_view: Literal["weak", "strong"] = Field("strong", description="weak is views.train, strong views.strong")
+    ssl_view: ViewName = Field("by_noise", description="by_noise: strong where the estimated noise is high")
+    cluster_view: ViewName = Field("by_noise", description="by_noise: strong where the estimated noise is high")
+
+
 class MethodSection(Section):
     """Which method, and the settings of each."""
 
-    name: Literal["cross_entropy", "mixup", "dividemix"] = "dividemix"
+    name: Literal["cross_entropy", "mixup", "dividemix", "scanmix"] = "dividemix"
     mixup: MixupMethod = MixupMethod()
     dividemix: DivideMixMethod = DivideMixMethod()
+    scanmix: ScanMixMethod = ScanMixMethod()
     mixture: MixtureSection = MixtureSection()
 
 
@@ -179,18 +246,34 @@ class Config(Section):
     optim: OptimSection = OptimSection()
     train: TrainSection
     method: MethodSection = MethodSection()
+    pretext: PretextSection | None = Field(None, description="for methods that begin with self-supervision")
+    mine: MineSection = MineSection()
+    cluster: ClusterSection | None = Field(None, description="for methods that begin with clustering")
     dist: DistSection = DistSection()
     track: TrackSection = TrackSection()
 
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
         divide = self.method.dividemix
-        if self.method.name == "dividemix" and divide.warmup_epochs > self.train.epochs:
+        if self.method.name == "scanmix":
+            self._check_scanmix()
+        if self.method.name in ("dividemix", "scanmix") and divide.warmup_epochs > self.train.epochs:
             raise ValueError(
                 f"method.dividemix.warmup_epochs={divide.warmup_epochs} is more than "
                 f"train.epochs={self.train.epochs}; lower it or train longer"
             )
         return self
+
+    def _check_scanmix(self) -> None:
+        for name, value in (
+            ("pretext", self.pretext),
+            ("cluster", self.cluster),
+            ("views.strong", self.views.strong),
+        ):
+            if value is None:
+                raise ValueError(f"method.name=scanmix needs {name}; include configs/method/scanmix.yaml")
+        if self.method.dividemix.subset is not None:
+            raise ValueError("method.dividemix.subset is not for scanmix, which looks at every image; set it to null")
 
     def flat(self) -> dict[str, Any]:
         """All settings by dotted name, as plain values."""
@@ -296,8 +379,9 @@ def _all_settings(model: type[BaseModel] = Config, prefix: str = "") -> list[str
     names = []
     for name, field in model.model_fields.items():
         names.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += _all_settings(field.annotation, f"{prefix}{name}.")
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel) and get_origin(kind) is None:
+                names += _all_settings(kind, f"{prefix}{name}.")
     return names
 
 

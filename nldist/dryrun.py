@@ -11,6 +11,8 @@ from nldist.data.stream import Batch
 from nldist.dist.world import World
 from nldist.methods import build_method
 from nldist.methods.base import Context, Method
+from nldist.run import RunDirectory
+from nldist.stages import MAIN, STAGES, stage_config, stage_directories
 from nldist.train import build_context, check_size
 
 _STEPS_AHEAD = 4  # batches of one worker that are made, waiting or in use
@@ -27,7 +29,16 @@ def dry_run(config: Config, world_size: int) -> Iterator[str]:
     context = build_context(config, world)
     check_size(len(context.train), world_size)
     yield from _data_lines(context)
-    method = build_method(context)
+    for name, path in stage_directories(config, context.fingerprint(labels=False)).items():
+        done = " (done before: it will not run)" if RunDirectory(path).summary is not None else ""
+        yield f"stage       {name} in {path}{done}"
+        stage_context = build_context(stage_config(name, config, path), world)
+        yield from _method_lines(stage_context, STAGES[name].build(stage_context), world_size)
+    yield f"stage       {MAIN} in {config.run.dir}"
+    yield from _method_lines(context, build_method(context), world_size)
+
+
+def _method_lines(context: Context, method: Method, world_size: int) -> Iterator[str]:
     yield from _phase_lines(context, method, world_size)
     yield from _memory_lines(context, method, world_size)
 
@@ -73,7 +84,7 @@ def _memory_lines(context: Context, method: Method, world_size: int) -> Iterator
     num_parameters = sum(p.numel() for p in engine.model.parameters())
     # weights, gradients and momentum in float32
     fixed = len(method.engines) * 3 * 4 * num_parameters
-    num_rows = max(task.num_rows for phase in method.phases() for task in phase.passes(0))
+    num_rows = max((task.num_rows for phase in method.phases() for task in phase.passes(0)), default=0)
     activations = _activation_bytes(context, engine.model) * num_rows
     name, num_networks = context.config.model.name, len(method.engines)
     yield f"model       {name}: {num_parameters / 1e6:.2f} M parameters, {num_networks} network(s)"

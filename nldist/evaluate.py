@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
+
 from nldist import plots
 from nldist.config import Config
 from nldist.data.index import Index
@@ -12,6 +15,7 @@ from nldist.dist.table import SampleTable
 from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.methods.base import Context, EvaluationPass
+from nldist.progress import Watch
 from nldist.run import RunDirectory, ensemble, write_text
 
 
@@ -55,15 +59,45 @@ def evaluate(
 
 def _evaluation(run: RunDirectory, config: Config, world: World, split: str, weights: str) -> EvaluationPass:
     """An evaluation pass with all its steps done."""
-    index = Index.open(config.data.root, split, config.data.cache_dir)
-    context = Context(config, world, index, index, index.label, None, SampleTable(len(index), world))
-    networks = [network.to(world.device) for network in run.load_networks(weights, config, index.classes)]
+    context = _evaluation_context(config, world, split)
+    networks = [network.to(world.device) for network in run.load_networks(weights, config, context.train.classes)]
     task = EvaluationPass(context, lambda images: ensemble(networks, images))
     plan = task.plan()
     task.start(plan.num_steps, 0)
     for step, batches in enumerate(context.stream("evaluation", plan)):
         task.step(batches, step)
     return task
+
+
+def _evaluation_context(config: Config, world: World, split: str) -> Context:
+    """A context with one split, and its own labels."""
+    index = Index.open(config.data.root, split, config.data.cache_dir)
+    return Context(config, world, index, index, index.label, None, SampleTable(len(index), world))
+
+
+@torch.no_grad()
+def predict(run_dir: Path, weights: Literal["last", "best"], data_root: Path, split: str) -> np.ndarray:
+    """The class that a run's networks predict for every image of a split, int32 (N,), on this process alone.
+
+    Raises:
+        UserError: no such run, weights or split; other classes; or an image that cannot be read.
+    """
+    run = RunDirectory(run_dir)
+    config = run.config([f"data.root={data_root}", "data.on_bad=refuse"])
+    with World.start(num_threads=config.dist.num_threads, device=config.dist.device) as world:
+        context = _evaluation_context(config, world, split)
+        networks = [network.to(world.device) for network in run.load_networks(weights, config, context.train.classes)]
+        predicted = np.empty(len(context.train), np.int32)
+        plan = context.sweep(len(predicted))
+        watch = Watch(f"{split} predict", plan.num_steps, 0, config.track.every_seconds)
+        stream = context.stream("evaluation", plan)
+        for step, batches in enumerate(stream):
+            batch = batches["all"]
+            logits = ensemble(networks, context.fixed_view(batch))
+            predicted[batch.ids.cpu().numpy()] = logits.argmax(1).cpu().numpy()
+            if watch.due():
+                print(watch.line(step + 1, watch.rates(stream.num_images, stream.wait_seconds), {}), flush=True)
+        return predicted
 
 
 def compare(run_dirs: list[Path]) -> list[dict[str, Any]]:

@@ -26,15 +26,42 @@ def class_mean_squared_error(probabilities: Tensor, targets: Tensor) -> Tensor:
 def prior_penalty(probabilities: Tensor, world: World) -> Tensor:
     """KL divergence from a uniform prior to the global mean prediction: sum_c pi_c log(pi_c / pbar_c), pi_c = 1/C.
 
-    DivideMix, equation 11. `pbar` is the mean over the global batch. The value is exact; the gradient is that
-    of the concatenated batch under DDP's averaging, by the surrogate of algorithms 1.6.
+    DivideMix, equation 11. `pbar` is the mean over the global batch; the gradient is that of the concatenated batch.
     """
     prior = 1 / probabilities.shape[1]
-    local_mean = probabilities.mean(0)
-    global_mean = world.all_reduce(local_mean.detach().clone()) / world.size
-    global_mean = global_mean.clamp_min(torch.finfo(global_mean.dtype).tiny)
-    value = (prior * (prior / global_mean).log()).sum()
-    surrogate = (-(prior / global_mean) * local_mean).sum()
+    local, mean = _mean_prediction(probabilities, world, torch.finfo(probabilities.dtype).tiny)
+    return _with_gradient((prior * (prior / mean).log()).sum(), -prior / mean, local)
+
+
+def mean_negative_entropy(probabilities: Tensor, world: World) -> Tensor:
+    """Negative entropy of the global mean prediction: sum_c pbar_c log pbar_c.
+
+    The entropy term of SCAN and ScanMix (algorithms 3.b B). `pbar` is the mean over the global batch, at least 1e-8;
+    the gradient is that of the concatenated batch.
+    """
+    local, mean = _mean_prediction(probabilities, world, 1e-8)
+    return _with_gradient((mean * mean.log()).sum(), mean.log() + 1, local)
+
+
+def agreement(anchor_log_p: Tensor, neighbour_log_p: Tensor) -> Tensor:
+    """log(p(a) . p(n)) of pairs, at least -100 (algorithms 3.b B): (...) from log probabilities (..., C) of both."""
+    return (anchor_log_p + neighbour_log_p).logsumexp(-1).clamp_min(-100)
+
+
+def _mean_prediction(probabilities: Tensor, world: World, least: float) -> tuple[Tensor, Tensor]:
+    """This rank's part of the global mean prediction, scaled so that its mean over the ranks is that; and the mean.
+
+    Ranks may have different numbers of rows. The mean (C,) has no gradient and is at least `least`.
+    """
+    total = torch.cat([probabilities.detach().sum(0), probabilities.new_tensor([len(probabilities)])])
+    total = world.all_reduce(total)
+    num_rows = total[-1]
+    return probabilities.sum(0) * (world.size / num_rows), (total[:-1] / num_rows).clamp_min(least)
+
+
+def _with_gradient(value: Tensor, slope: Tensor, local_mean: Tensor) -> Tensor:
+    """`value`, with the gradient slope . d local_mean: under DDP's averaging the exact one (algorithms 1.6)."""
+    surrogate = (slope * local_mean).sum()
     return surrogate + (value - surrogate).detach()
 
 

@@ -1,5 +1,6 @@
 """What a run leaves for people and scripts: summary, plots, the samples' table, the line of an epoch."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nldist import plots
-from nldist.config import Config
-from nldist.methods.base import Context, Split
+from nldist.methods.base import Context, Curves, Split
 from nldist.progress import clock
 
 LAST_EPOCHS = 10  # "last" of the field's tables: the mean of these (algorithms 0.3)
@@ -28,11 +28,14 @@ def split_means(metrics: Mapping[str, Any]) -> dict[str, float]:
     return means
 
 
-def summary(config: Config, context: Context, record: Mapping[str, Any]) -> dict[str, Any]:
-    """What summary.json holds; accuracies in percent."""
-    accuracies, quality = record["accuracies"], record["quality"]
-    last = accuracies[-LAST_EPOCHS:]
+def summary(stage: str, score: str, context: Context, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What summary.json holds; accuracies in percent. `score` is the metric of the record's scores."""
+    config, quality = context.config, record["quality"]
+    measured = [value for value in record["scores"] if not math.isnan(value)]
+    last = measured[-LAST_EPOCHS:]
+    scores = {"best": max(measured), "last": sum(last) / len(last), "final": measured[-1]} if measured else None
     return {
+        "stage": stage,
         "method": config.method.name,
         "data_set": context.train.name,
         "label_set": config.data.label_set,
@@ -40,8 +43,8 @@ def summary(config: Config, context: Context, record: Mapping[str, Any]) -> dict
         "model": config.model.name,
         "seed": config.run.seed,
         "world_size": context.world.size,
-        "epochs": len(accuracies),
-        "accuracy": {"best": max(accuracies), "last": sum(last) / len(last), "final": accuracies[-1]},
+        "epochs": len(record["scores"]),
+        score: scores,
         "split": {name.removeprefix("split_"): quality.get(name) for name in _QUALITY} if quality else None,
         "num_bad_records": record["num_bad"],
         "seconds": record["seconds"],
@@ -50,16 +53,32 @@ def summary(config: Config, context: Context, record: Mapping[str, Any]) -> dict
 
 
 def epoch_line(
-    epoch: int, num_epochs: int, metrics: Mapping[str, Any], record: Mapping[str, Any], seconds: float
+    title: str, score: str, metrics: Mapping[str, Any], record: Mapping[str, Any], seconds: float, left: float
 ) -> str:
-    """One line on a finished epoch."""
-    parts = [
-        f"epoch {epoch}/{num_epochs} {metrics['phase']}",
-        f"accuracy {metrics['accuracy']:.2f} (best {max(record['accuracies']):.2f})",
-    ]
+    """One line on a finished epoch that took `seconds`, with `left` to go at that pace."""
+    parts = [f"{title} {metrics['phase']}"]
+    if score in metrics:
+        best = np.nanmax(record["scores"])
+        parts.append(f"{score.replace('_', ' ')} {_number(metrics[score])} (best {_number(best)})")
+    parts += [f"{name} {value:.4g}" for name, value in metrics.items() if name.endswith("/loss")]
     parts += [f"{name.replace('_', ' ')} {value:.3f}" for name, value in record["quality"].items()]
-    parts.append(f"{clock(seconds)}, {clock(seconds * (num_epochs - epoch))} left at this pace")
-    return "  ".join(parts)
+    return "  ".join([*parts, f"{clock(seconds)}, {clock(left)} left at this pace"])
+
+
+def closing_line(run_dir: Path, summary: Mapping[str, Any]) -> str:
+    """One line on a finished stage."""
+    parts = [f"{'' if summary['stage'] == 'train' else summary['stage'] + ' '}done in {clock(summary['seconds'])},"]
+    for name in ("accuracy", "knn_accuracy"):
+        if summary.get(name):
+            best, last = summary[name]["best"], summary[name]["last"]
+            parts.append(f"{name.replace('_', ' ')} best {best:.2f}, last {last:.2f} (mean of the last epochs),")
+    if summary["images_per_second"]:
+        parts.append(f"{summary['images_per_second']:,.0f} img/s,")
+    return " ".join([*parts, f"{run_dir}/summary.json"])
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
 
 
 def loss_histogram(run_dir: Path, context: Context, epoch: int, name: str, split: Split) -> Path | None:
@@ -82,11 +101,23 @@ def loss_histogram(run_dir: Path, context: Context, epoch: int, name: str, split
     return path
 
 
-def accuracy_curve(run_dir: Path, accuracies: list[float]) -> Path:
-    """Plot the accuracy of every epoch."""
-    path = run_dir / "plots" / "accuracy.png"
-    epochs = list(range(1, len(accuracies) + 1))
-    plots.curves(path, {run_dir.name: (epochs, accuracies)}, ylabel="accuracy (%)", title="accuracy by epoch")
+def score_curve(run_dir: Path, name: str, scores: list[float]) -> Path | None:
+    """Plot the score of every epoch that has one; None where none has."""
+    points = [(epoch, score) for epoch, score in enumerate(scores, start=1) if not math.isnan(score)]
+    if not points:
+        return None
+    epochs, values = zip(*points, strict=True)
+    label = name.replace("_", " ")
+    unit = " (%)" if name.endswith("accuracy") else ""
+    path = run_dir / "plots" / f"{name}.png"
+    plots.curves(path, {run_dir.name: (epochs, values)}, ylabel=f"{label}{unit}", title=f"{label} by epoch")
+    return path
+
+
+def curves(run_dir: Path, name: str, drawing: Curves) -> Path:
+    """Plot what a pass has drawn."""
+    path = run_dir / "plots" / f"{name}.png"
+    plots.curves(path, drawing.lines, ylabel=drawing.ylabel, title=drawing.title, xlabel=drawing.xlabel)
     return path
 
 

@@ -9,7 +9,6 @@ from typing import Any, TextIO
 
 import torch
 import yaml
-from torch import nn
 
 from nldist.config import Config, flatten, load_config
 from nldist.dist.checkpoint import load_file, save_file
@@ -19,6 +18,7 @@ from nldist.models import Classifier, build_model
 # What may change between the starts of one run: none of it changes what is learnt in an epoch.
 _FREE = (
     "run.dir",
+    "run.stages_dir",
     "data.root",
     "train.checkpoint_every_steps",
     "train.keep_checkpoints",
@@ -37,8 +37,8 @@ class RunDirectory:
         self.path = path
         self._lock: TextIO | None = None
 
-    def claim(self, config: Config) -> None:
-        """Make the directory this job's, with this configuration. For rank 0.
+    def claim(self, config: Config | None) -> None:
+        """Make the directory this job's, with this configuration (None: whatever it is). For rank 0.
 
         Raises:
             UserError: another job is using it, or it holds a run with other settings.
@@ -54,7 +54,8 @@ class RunDirectory:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{self.path} is in use by a running job; set another run.dir") from None
-        self._check_same(config)
+        if config is not None:
+            self._check_same(config)
 
     def write_config(self, config: Config) -> None:
         """Write config.yaml, once all of it has proved usable."""
@@ -95,9 +96,8 @@ class RunDirectory:
         """Write summary.json whole."""
         write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
-    def save_weights(self, which: str, networks: list[nn.Module], facts: dict[str, Any]) -> None:
+    def save_weights(self, which: str, states: list[dict[str, torch.Tensor]], facts: dict[str, Any]) -> None:
         """Write weights/WHICH.pt: {"networks": [state dict, ...], ...facts}, loadable with weights_only=True."""
-        states = [network.state_dict() for network in networks]
         path = self.path / "weights" / f"{which}.pt"
         try:
             save_file(facts | {"networks": states}, path)

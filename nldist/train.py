@@ -1,9 +1,9 @@
 """The training loop: phases, epochs, passes and steps; checkpoints, resume, stop. It knows no method."""
 
 import math
-import signal
 import socket
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from nldist.dist.table import SampleTable
 from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.methods import build_method
-from nldist.methods.base import Context, EvaluationPass, Pass, Phase
-from nldist.progress import Meter, Watch, clock, peak_memory_gib
+from nldist.methods.base import Context, Method, Pass, Phase
+from nldist.progress import Meter, Watch, peak_memory_gib
 from nldist.run import RunDirectory
 from nldist.track import NullTracker, Status, Tracker
 
@@ -29,24 +29,8 @@ EXIT_STOPPED = 143  # as a process ended by SIGTERM: there is more to do
 _STEPS_BETWEEN_STOP_CHECKS = 8
 
 
-def train(config: Config) -> int:
-    """Train as configured, going on from the run directory's last checkpoint; returns the exit code.
-
-    Raises:
-        UserError: data, settings or run directory are wrong.
-    """
-    dist = config.dist
-    with World.start(num_threads=dist.num_threads, timeout_seconds=dist.timeout_seconds, device=dist.device) as world:
-        run = RunDirectory(config.run.dir)
-        if world.is_main:
-            run.claim(config)
-        world.barrier()
-        world.request_stop_on(signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-        return Trainer(config, world, run).fit()
-
-
-def build_context(config: Config, world: World) -> Context:
-    """Open the data set and its labels."""
+def build_context(config: Config, world: World, products: Mapping[str, Path] | None = None) -> Context:
+    """Open the data set and its labels; `products` are the run directories of the stages before this one."""
     data = config.data
     index = Index.open(data.root, data.train_split, data.cache_dir)
     evaluation = Index.open(data.root, data.eval_split, data.cache_dir)
@@ -55,7 +39,8 @@ def build_context(config: Config, world: World) -> Context:
     check_size(len(index), world.size)
     clean = index.labels(data.clean_label_set) if data.clean_label_set in index.label_sets() else None
     table = SampleTable(len(index), world)
-    return Context(config, world, index, evaluation, index.labels(data.label_set), clean, table)
+    labels, directory = index.labels(data.label_set), config.run.dir / "tables"
+    return Context(config, world, index, evaluation, labels, clean, table, directory, products or {})
 
 
 def check_size(num_samples: int, world_size: int) -> None:
@@ -65,14 +50,21 @@ def check_size(num_samples: int, world_size: int) -> None:
 
 
 class Trainer:
-    """One run on this rank."""
+    """One stage of a run on this rank: the training itself (stage "train"), or one before it."""
 
-    def __init__(self, config: Config, world: World, run: RunDirectory) -> None:
-        self.config, self.world, self.run = config, world, run
-        self.context = build_context(config, world)
-        self.method = build_method(self.context)
-        keep, fingerprint = config.train.keep_checkpoints, self._common_fingerprint()
-        self.checkpoints = Checkpoints(run.path / "checkpoints", world, keep, fingerprint)
+    def __init__(
+        self,
+        context: Context,
+        run: RunDirectory,
+        build: Callable[[Context], Method] = build_method,
+        stage: str = "train",
+    ) -> None:
+        self.context, self.run, self.stage = context, run, stage
+        self.config, self.world = context.config, context.world
+        self.method = build(context)
+        self.num_epochs = sum(phase.num_epochs for phase in self.method.phases())
+        keep, fingerprint = self.config.train.keep_checkpoints, self._common_fingerprint()
+        self.checkpoints = Checkpoints(run.path / "checkpoints", self.world, keep, fingerprint)
         self.position = Position()
         # What the checkpoint keeps of the run's history.
         self.record: dict[str, Any] = {
@@ -81,7 +73,7 @@ class Trainer:
             "train_images": 0,
             "train_seconds": 0.0,
             "num_bad": 0,
-            "accuracies": [],
+            "scores": [],  # the method's score, by epoch; NaN where it was not measured
             "epoch": {},  # metrics of the present epoch's finished passes
             "quality": {},  # of the latest division
         }
@@ -91,13 +83,14 @@ class Trainer:
         self._steps_since_save, self._steps_since_check = 0, 0
         self._resume()
         self._began = time.perf_counter() - self.record["seconds"]
-        if world.is_main:
-            run.write_config(config)
+        if self.world.is_main:
+            run.write_config(self.config)
         self.tracker = self._open_tracker()
 
     def _resume(self) -> None:
         path = self.checkpoints.latest()
         if path is None:
+            self.method.start()
             return
         self.position, shared, rank = self.checkpoints.load(path, self.context.table)
         self.method.load_state_dict(shared["method"])
@@ -109,7 +102,7 @@ class Trainer:
 
     def _common_fingerprint(self) -> str:
         """The data's fingerprint, after checking that every node's copy has the same."""
-        fingerprint = self.context.fingerprint()
+        fingerprint = self.context.fingerprint(labels=self.method.uses_labels)
         if self.world.broadcast_object(fingerprint) != fingerprint:
             raise UserError(f"{self.config.data.root} on {socket.gethostname()} is not the data set that rank 0 sees")
         return fingerprint
@@ -141,15 +134,17 @@ class Trainer:
         return code
 
     def _fit(self) -> int:
-        num_epochs = self.config.train.epochs
+        num_epochs = self.num_epochs
         if self.position.epoch >= num_epochs:
             self._say(f"nothing to do: {self.run.path} has its {num_epochs} epochs")
+        if num_epochs == 0 and self.world.is_main:
+            self._save_weights(0, math.nan)
         for epoch in range(self.position.epoch, num_epochs):
             began = time.perf_counter()
             phase = self._phase(epoch)
-            passes: list[Pass] = [*phase.passes(epoch), EvaluationPass(self.context, self.method.logits)]
+            passes: list[Pass] = [*phase.passes(epoch), *self.method.evaluation(epoch)]
             for task in passes[self.position.pass_index :]:
-                if not self._run_pass(task, f"epoch {epoch + 1}/{num_epochs} {phase.name}"):
+                if not self._run_pass(task, f"{self._title(epoch)} {phase.name}"):
                     return self._stopped()
             self._end_epoch(epoch, phase, time.perf_counter() - began)
         self._end()
@@ -161,6 +156,9 @@ class Trainer:
                 return phase
             epoch -= phase.num_epochs
         raise AssertionError("the phases' epochs do not add up to train.epochs")
+
+    def _title(self, epoch: int) -> str:
+        return ("" if self.stage == "train" else f"{self.stage}: ") + f"epoch {epoch + 1}/{self.num_epochs}"
 
     def _run_pass(self, task: Pass, title: str) -> bool:
         """Run one pass from the present position to its end; False if stopped on the way, with all saved."""
@@ -216,6 +214,8 @@ class Trainer:
         self.record["epoch"] |= {prefix + name: value for name, value in (means | rates).items()}
         self.record["epoch"] |= task.finish()
         self.meter, self._stream, self._bad_before = Meter(), None, 0
+        for name, curves in task.curves().items():
+            self._plot(report.curves(self.run.path, name, curves) if self.world.is_main else None)
         if (self.position.epoch + 1) % self.config.track.histogram_every == 0:
             for name, split in task.splits().items():
                 self._plot(report.loss_histogram(self.run.path, self.context, self.position.epoch, name, split))
@@ -234,29 +234,31 @@ class Trainer:
         """Log the epoch, keep its weights, and save."""
         metrics = self.record["epoch"] | {
             "phase": phase.name,
-            "learning_rate": learning_rate(self.config.optim, epoch, self.config.train.epochs),
+            "learning_rate": learning_rate(self.config.optim, epoch, max(self.num_epochs, 1)),
             "gpu_memory_gib": peak_memory_gib(self.world.device),
         }
-        self.record["accuracies"].append(metrics["accuracy"])
+        score = float(metrics.get(self.method.score, math.nan))
+        self.record["scores"].append(score)
         self.record["epoch"] = {}
         self.record["quality"] = report.split_means(metrics)
         self.tracker.log(metrics, epoch=epoch + 1, step=epoch + 1, kind="epoch")
-        self._say(report.epoch_line(epoch + 1, self.config.train.epochs, metrics, self.record, seconds))
+        left = seconds * (self.num_epochs - epoch - 1)
+        self._say(report.epoch_line(self._title(epoch), self.method.score, metrics, self.record, seconds, left))
         if self.world.is_main:
-            self._save_weights(epoch, metrics["accuracy"])
+            self._save_weights(epoch + 1, score)
         self._save(Position(epoch + 1))
 
-    def _save_weights(self, epoch: int, accuracy: float) -> None:
-        networks = [engine.evaluated for engine in self.method.engines]
+    def _save_weights(self, num_epochs: int, score: float) -> None:
+        weights = self.method.weights()
         facts = {
             "model": self.config.model.name,
             "classes": self.context.train.classes,
-            "epoch": epoch + 1,
-            "accuracy": accuracy,
+            "epoch": num_epochs,
+            self.method.score: score,
         }
-        self.run.save_weights("last", networks, facts)
-        if accuracy >= max(self.record["accuracies"]):
-            self.run.save_weights("best", networks, facts)
+        self.run.save_weights("last", weights, facts)
+        if not math.isnan(score) and score >= np.nanmax(self.record["scores"]):
+            self.run.save_weights("best", weights, facts)
 
     def _num_bad(self) -> int:
         """Bad records of the present pass on this rank."""
@@ -286,21 +288,18 @@ class Trainer:
         return EXIT_STOPPED
 
     def _end(self) -> None:
-        """Leave what a person or a script reads: summary, plots, the samples' table."""
+        """Leave what a person or a script reads: plots, the samples' table, and at last the summary."""
         samples = report.sample_columns(self.context, len(self.method.engines))
         if not self.world.is_main:
             return
         if samples:
             report.write_samples(self.run.path / "tables" / "samples.parquet", self.context, samples)
-        summary = report.summary(self.config, self.context, self.record)
+        score = self.method.score
+        self._plot(report.score_curve(self.run.path, score, self.record["scores"]))
+        summary = report.summary(self.stage, score, self.context, self.record)
         self.run.write_summary(summary)
-        self._plot(report.accuracy_curve(self.run.path, self.record["accuracies"]))
         self.tracker.artifact(self.run.path / "summary.json")
-        accuracy = summary["accuracy"]
-        self._say(
-            f"done in {clock(summary['seconds'])}: accuracy best {accuracy['best']:.2f}, last {accuracy['last']:.2f} "
-            f"(mean of the last epochs), {summary['images_per_second']:,.0f} img/s; {self.run.path}/summary.json"
-        )
+        self._say(report.closing_line(self.run.path, summary))
         if self.tracker.open_command:
             self._say(f"MLflow: {self.tracker.open_command}")
 

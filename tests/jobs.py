@@ -9,7 +9,7 @@ from pathlib import Path
 from nldist.train import Trainer
 from tests.ranks import CONTEXT, free_port
 
-DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
+DIGITS = Path(__file__).parent / "digits.yaml"
 TIMEOUT_SECONDS = 240
 
 
@@ -20,12 +20,12 @@ def run_job(
     kill: tuple[int, int] | None = None,
     stop: tuple[int, int] | None = None,
 ) -> list[int | None]:
-    """Train configs/demo.yaml with overrides; returns each rank's exit code (negative: the signal that ended it).
+    """Train tests/digits.yaml with overrides; returns each rank's exit code (negative: the signal that ended it).
 
     `kill=(rank, n)` ends that rank by SIGKILL after its n-th step; `stop=(rank, n)` sends it
     and its data workers SIGTERM then, as torchrun and Slurm do.
     """
-    arguments = [str(DEMO), f"run.dir={run_dir}", "dist.num_threads=1", "dist.device=cpu", "track.enabled=false"]
+    arguments = [str(DIGITS), f"run.dir={run_dir}", "dist.num_threads=1", "dist.device=cpu", "track.enabled=false"]
     port = free_port()
     processes = [
         CONTEXT.Process(target=_run_rank, args=(rank, world_size, port, [*arguments, *overrides], run_dir, kill, stop))

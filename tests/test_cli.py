@@ -6,7 +6,7 @@ import pytest
 from nldist.cli import main
 from tests.conftest import REPOSITORY
 
-DEMO = str(REPOSITORY / "configs" / "demo.yaml")
+DIGITS = str(REPOSITORY / "tests" / "digits.yaml")
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -18,7 +18,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_dry_run_says_what_would_happen(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["dry-run", DEMO, f"data.root={digits}", "train.batch_size=64", "--world-size", "3"]) == 0
+    assert main(["dry-run", DIGITS, f"data.root={digits}", "train.batch_size=64", "--world-size", "3"]) == 0
     text = capsys.readouterr().out
     assert "1,437 samples in 5 shards; labels: sym50" in text
     assert "44." in text or "45." in text, "half drawn at random from ten classes: about 45 % wrong"
@@ -31,7 +31,7 @@ def test_dry_run_says_what_would_happen(digits: Path, capsys: pytest.CaptureFixt
 
 def test_dry_run_measures_what_the_backward_pass_keeps(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def activations(*overrides: str) -> int:
-        main(["dry-run", DEMO, f"data.root={digits}", *overrides])
+        main(["dry-run", DIGITS, f"data.root={digits}", *overrides])
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory")]
         return int(line.split("momentum + ")[1].split(" MiB")[0].replace(",", ""))
 
@@ -56,7 +56,7 @@ def test_dry_run_measures_what_the_backward_pass_keeps(digits: Path, capsys: pyt
 def test_a_wrong_setting_is_one_clear_line(
     arguments: list[str], words: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = refused(capsys, "train", DEMO, f"data.root={digits}", f"run.dir={tmp_path}/run", *arguments)
+    line = refused(capsys, "train", DIGITS, f"data.root={digits}", f"run.dir={tmp_path}/run", *arguments)
     assert line.startswith("error: ")
     assert words in line
 

@@ -1,10 +1,13 @@
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
 from nldist.dist.world import World
 from nldist.losses import (
+    agreement,
     class_mean_squared_error,
+    mean_negative_entropy,
     mix,
     negative_entropy,
     prior_penalty,
@@ -46,30 +49,47 @@ def test_mix_pairs_each_row_with_its_partner() -> None:
     torch.testing.assert_close(mixed, torch.tensor([[0.75 * 0 + 0.25 * 3], [0.75 * 1 + 0.25 * 0]]))
 
 
+def test_agreement_of_pairs_by_hand_and_its_floor() -> None:
+    p = torch.tensor([[0.5, 0.5], [0.25, 0.75], [1.0, 0.0]], dtype=torch.float64)
+    n = torch.tensor([[0.1, 0.9], [0.5, 0.5], [0.0, 1.0]], dtype=torch.float64)
+    expected = torch.tensor([np.log(0.5), np.log(0.5), -100.0])
+    torch.testing.assert_close(agreement(p.log(), n.log()), expected.double())
+
+
 def prior_of(probabilities: torch.Tensor) -> torch.Tensor:
     """The definition, on one process (our own reference)."""
     prior = 1 / probabilities.shape[1]
     return sum(prior * torch.log(prior / p) for p in probabilities.mean(0))  # type: ignore[return-value]
 
 
-def prior_gradient(world: World, logits: np.ndarray) -> tuple[float, np.ndarray]:
-    rows = np.array_split(logits, world.size)[world.rank]
+def negative_entropy_of_mean(probabilities: torch.Tensor) -> torch.Tensor:
+    """The definition, on one process (our own reference)."""
+    return sum(p * torch.log(p) for p in probabilities.mean(0))  # type: ignore[return-value]
+
+
+TERMS = {"prior": (prior_penalty, prior_of), "entropy": (mean_negative_entropy, negative_entropy_of_mean)}
+
+
+def term_gradient(world: World, name: str, logits: np.ndarray, cuts: list[int]) -> tuple[float, np.ndarray]:
+    rows = np.split(logits, cuts)[world.rank]
     mine = torch.from_numpy(rows).requires_grad_()
-    value = prior_penalty(mine.softmax(1), world)
+    value = TERMS[name][0](mine.softmax(1), world)
     (value / world.size).backward()  # type: ignore[no-untyped-call] # DDP averages the ranks' gradients
     assert mine.grad is not None
     return value.item(), mine.grad.numpy()
 
 
-def test_prior_penalty_has_the_gradient_of_the_concatenated_batch_on_any_number_of_ranks() -> None:
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("cuts", [[], [6], [4, 8], [3, 6, 9], [7], [1, 10]], ids=str)
+def test_terms_of_the_mean_prediction_have_the_gradient_of_the_concatenated_batch(name: str, cuts: list[int]) -> None:
+    """Invariant 8; also where the ranks have different numbers of rows."""
     logits = some_logits()
     whole = logits.clone().requires_grad_()
-    expected = prior_of(whole.softmax(1))
+    expected = TERMS[name][1](whole.softmax(1))
     expected.backward()  # type: ignore[no-untyped-call]
     assert whole.grad is not None
-    for size in (1, 2, 3, 4):
-        results = run_ranks(prior_gradient, size, logits.numpy())
-        for value, _ in results:
-            assert abs(value - expected.item()) < 1e-12
-        gradient = np.concatenate([gradient for _, gradient in results])
-        assert np.abs(gradient - whole.grad.numpy()).max() < 1e-12
+    results = run_ranks(term_gradient, len(cuts) + 1, name, logits.numpy(), cuts)
+    for value, _ in results:
+        assert abs(value - expected.item()) < 1e-12
+    gradient = np.concatenate([gradient for _, gradient in results])
+    assert np.abs(gradient - whole.grad.numpy()).max() < 1e-12

@@ -195,7 +195,7 @@ def test_torchrun_evaluate_and_mlflow(digits: Path, tmp_path: Path) -> None:
     """The commands as a user types them, with the sqlite store."""
     run_dir = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "nldist.cli"]
-    command += ["train", "configs/demo.yaml", f"data.root={digits}", f"run.dir={run_dir}", "train.epochs=2"]
+    command += ["train", "tests/digits.yaml", f"data.root={digits}", f"run.dir={run_dir}", "train.epochs=2"]
     command += ["method.dividemix.warmup_epochs=1", "track.histogram_every=1", "dist.num_threads=1"]
     subprocess.run(command, check=True, timeout=300)
     result = subprocess.run(

@@ -1,11 +1,13 @@
 """Add a label set to a data set: a noise model's labels, or labels from a table. Images are never rewritten.
 
 python tools/noise.py DATASET --model symmetric --rate 0.5 --seed 1 --name sym50
+python tools/noise.py DATASET --model semantic --run runs/weak --name semantic
 python tools/noise.py DATASET --csv cifar10n_labels.csv --label-column worst --name worst
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +22,8 @@ from nldist.data.labels import (
 )
 from nldist.errors import UserError, main_guard
 
+SEMANTIC = "semantic"
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
@@ -28,9 +32,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--name", required=True, help="of the new label set")
     parser.add_argument("--split", default="train")
     origin = parser.add_mutually_exclusive_group(required=True)
-    origin.add_argument("--model", help=f"noise model: {', '.join(NOISE_MODELS)}")
+    origin.add_argument("--model", help=f"noise model: {', '.join([*NOISE_MODELS, SEMANTIC])}")
     origin.add_argument("--csv", help="table with a header, a path and a label (class name or id) per row")
     parser.add_argument("--rate", type=float, help="with --model: share of the samples to select, in [0, 1]")
+    parser.add_argument("--run", type=Path, help="with --model semantic: run directory of the classifier")
+    parser.add_argument("--weights", choices=("last", "best"), default="last", help="with --run (default last)")
     parser.add_argument("--seed", type=int, default=0, help="with --model (default 0)")
     parser.add_argument("--path-column", default="path", help="with --csv (default: path)")
     parser.add_argument("--label-column", default="label", help="with --csv (default: label)")
@@ -39,16 +45,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def from_model(index: Index, args: argparse.Namespace) -> np.ndarray:
     """Labels that a noise model makes from the clean ones, or from the given ones where none are known."""
+    if args.name == CLEAN:
+        raise UserError(f"the label set {CLEAN!r} holds the true labels: choose another name")
+    if args.model == SEMANTIC:
+        return semantic(index, args)
     if args.model not in NOISE_MODELS:
-        raise UserError(f"unknown noise model {args.model!r}; there are {', '.join(NOISE_MODELS)}")
+        raise UserError(f"unknown noise model {args.model!r}; there are {', '.join([*NOISE_MODELS, SEMANTIC])}")
+    if args.run is not None:
+        raise UserError(f"--run is for --model {SEMANTIC}, not for {args.model}")
     if args.rate is None or not 0 <= args.rate <= 1:
         raise UserError(f"--model needs a --rate in [0, 1], not {args.rate}")
     if args.seed < 0:
         raise UserError(f"--seed must not be negative, not {args.seed}")
-    if args.name == CLEAN:
-        raise UserError(f"the label set {CLEAN!r} holds the true labels: choose another name")
     clean = index.labels(CLEAN if CLEAN in index.label_sets() else None)
     return NOISE_MODELS[args.model](clean, index.classes, args.rate, args.seed)
+
+
+def semantic(index: Index, args: argparse.Namespace) -> np.ndarray:
+    """Labels that a weak trained classifier predicts: wrong where images mislead (ScanMix, table 2; algorithms 0.2)."""
+    if args.run is None or args.rate is not None:
+        raise UserError(
+            f"--model {SEMANTIC} takes its labels, and so its rate, from a trained --run RUN; give no --rate"
+        )
+    from nldist.evaluate import predict
+
+    return predict(args.run, args.weights, index.root, index.split)
 
 
 def from_csv(index: Index, args: argparse.Namespace) -> np.ndarray:

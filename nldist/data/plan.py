@@ -143,7 +143,7 @@ def balanced(labels: np.ndarray, n: int, *, seed: int, epoch: int, num_classes: 
     Returns:
         Sorted ids, int64.
     """
-    order = np.lexsort((_hash(len(labels), seed, epoch), labels))
+    order = np.lexsort((hash_ids(np.arange(len(labels)), (seed, epoch)), labels))
     counts = np.bincount(labels, minlength=num_classes)
     first = np.cumsum(counts) - counts
     rank_in_class = np.arange(len(labels)) - np.repeat(first, counts)
@@ -301,10 +301,10 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _hash(n: int, seed: int, epoch: int) -> np.ndarray:
-    """Distinct keys of the ids 0..n-1, uint64 (n,): SplitMix64 from a seeded place of its sequence."""
-    base: np.uint64 = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0]
-    z: np.ndarray = base + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+def hash_ids(ids: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
+    """Distinct keys of the ids (b,), uint64 (b,): SplitMix64 from a place of its sequence that `key` names."""
+    base: np.uint64 = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    z: np.ndarray = base + (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z ^= z >> np.uint64(31)

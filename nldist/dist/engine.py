@@ -3,7 +3,7 @@
 import contextlib
 import math
 import warnings
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,11 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from nldist.config import Config, OptimSection
 from nldist.dist.world import World
 
-M = TypeVar("M", bound=nn.Module)
-
-
 def learning_rate(optim: OptimSection, epoch: float, num_epochs: int) -> float:
-    """The learning rate at a (fractional) epoch of a phase of `num_epochs` epochs."""
+    """The learning rate at a (fractional) epoch of `num_epochs`."""
     rate = optim.lr
     if optim.schedule == "cosine":
         rate = optim.min_lr + (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * epoch / num_epochs)) / 2
@@ -27,14 +24,28 @@ def learning_rate(optim: OptimSection, epoch: float, num_epochs: int) -> float:
     return rate * min(1.0, epoch / optim.warmup_epochs) if optim.warmup_epochs else rate
 
 
-class Engine:
-    """A network under DistributedDataParallel with its SGD optimiser.
+def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
+    """The configured optimiser over all parameters of `model`."""
+    if optim.name == "adam":
+        return torch.optim.Adam(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=optim.lr,
+        momentum=optim.momentum,
+        weight_decay=optim.weight_decay,
+        nesterov=optim.nesterov,
+    )
 
-    Batch-norm buffers are rank-local while a pass runs and averaged over the ranks by `finish_pass`:
+
+class Engine:
+    """A network under DistributedDataParallel with its optimiser.
+
+    With `partly` a step may leave parts of the network out (a second head, a frozen backbone): their weights and
+    their optimiser state then stay as they are. Batch-norm buffers are rank-local while a pass runs and averaged over the ranks by `finish_pass`:
     broadcasting them at each forward would overwrite them between the several forwards of one step.
     """
 
-    def __init__(self, model: nn.Module, config: Config, world: World) -> None:
+    def __init__(self, model: nn.Module, config: Config, world: World, *, partly: bool = False) -> None:
         self._world, self._optim, self._autocast = world, config.optim, config.train.autocast == "bf16"
         self._format = torch.channels_last if config.model.channels_last else torch.contiguous_format
         self.model = model.to(world.device, memory_format=self._format)  # type: ignore[call-overload]
@@ -44,18 +55,12 @@ class Engine:
             self.averaged = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
         if config.model.compile:
             self.model.compile()
-        self._ddp: nn.Module = self._wrap() if world.size > 1 else self.model
-        self._sgd = torch.optim.SGD(
-            self.model.parameters(),
-            lr=config.optim.lr,
-            momentum=config.optim.momentum,
-            weight_decay=config.optim.weight_decay,
-            nesterov=config.optim.nesterov,
-        )
+        self._ddp: nn.Module = self._wrap(partly) if world.size > 1 else self.model
+        self._optimizer = build_optimizer(self.model, config.optim)
         self._step, self._num_steps = 0, 0
-        self._settled = False
+        self._settled = partly  # then DDP never regroups its buckets
 
-    def _wrap(self) -> nn.Module:
+    def _wrap(self, partly: bool) -> nn.Module:
         with warnings.catch_warnings():
             # torch 2.15 renames broadcast_buffers, in a version newer than the oldest that we support.
             warnings.simplefilter("ignore", FutureWarning)
@@ -64,6 +69,7 @@ class Engine:
                 device_ids=[self._world.device] if self._world.device.type == "cuda" else None,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
+                find_unused_parameters=partly,
             )
 
     def start_pass(self, num_steps: int, start_step: int) -> None:
@@ -106,7 +112,7 @@ class Engine:
         device = self._world.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []), self._precision():
             self._ddp(images).float().sum().backward()
-        self._sgd.zero_grad()
+        self._optimizer.zero_grad()
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
         self._settled = True
@@ -136,10 +142,10 @@ class Engine:
             return
         if self._optim.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self._optim.clip_norm)
-        for group in self._sgd.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._sgd.step()
-        self._sgd.zero_grad()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
         if self.averaged:
             self.averaged.update_parameters(self.model)
 
@@ -153,13 +159,13 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, averaged weights and optimiser, the same on every rank (buffers: those of this rank)."""
-        state = {"model": self.model.state_dict(), "optimizer": self._sgd.state_dict()}
+        state = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
         return state | ({"averaged": self.averaged.state_dict()} if self.averaged else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `state_dict` gave."""
         self.model.load_state_dict(state["model"])
-        self._sgd.load_state_dict(state["optimizer"])
+        self._optimizer.load_state_dict(state["optimizer"])
         if self.averaged:
             self.averaged.load_state_dict(state["averaged"])
 

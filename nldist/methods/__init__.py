@@ -4,8 +4,14 @@ from nldist.methods.base import Context, Method
 from nldist.methods.cross_entropy import CrossEntropy
 from nldist.methods.dividemix import DivideMix
 from nldist.methods.mixup import Mixup
+from nldist.methods.scanmix import ScanMix
 
-METHODS: dict[str, type[Method]] = {"cross_entropy": CrossEntropy, "mixup": Mixup, "dividemix": DivideMix}
+METHODS: dict[str, type[Method]] = {
+    "cross_entropy": CrossEntropy,
+    "mixup": Mixup,
+    "dividemix": DivideMix,
+    "scanmix": ScanMix,
+}
 
 
 def build_method(context: Context) -> Method:

@@ -4,13 +4,14 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nldist.config import Config
 from nldist.data.cache import ShardCache
@@ -23,7 +24,7 @@ from nldist.dist.table import SampleTable
 from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.estimate.mixture import Mixture
-from nldist.models import build_model
+from nldist.models import Classifier, build_model
 
 Batches = Mapping[str, Batch]
 Metrics = dict[str, Any]
@@ -40,18 +41,21 @@ class Context:
     labels: np.ndarray  # (N,) the labels to train with
     clean: np.ndarray | None  # (N,) true labels where known; only to measure
     table: SampleTable
+    directory: Path = Path("tables")  # where the run keeps its large products
+    products: Mapping[str, Path] = field(default_factory=dict)  # run directories of the stages before this one
 
     def __post_init__(self) -> None:
         data, views = self.config.data, self.config.views
         self.train_view = View(views.train, data.mean, data.std)
+        self.strong_view = View(views.strong, data.mean, data.std) if views.strong else None
         self.eval_view = View(views.eval, data.mean, data.std)
         self._cache = ShardCache(data.cache_dir, int(data.cache_gib * 2**30)) if data.cache_dir else None
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, labels: bool = True) -> str:
         """Names the training samples, their order and their labels: what per-sample state belongs to."""
         index = self.train
         digest = hashlib.sha256(json.dumps([index.name, index.classes, len(index)]).encode())
-        for column in (index.crc32, index.label, self.labels):
+        for column in (index.crc32, index.label, self.labels) if labels else (index.crc32,):
             digest.update(np.ascontiguousarray(column).data)
         return digest.hexdigest()
 
@@ -70,12 +74,17 @@ class Context:
             cache=self._cache,
         )
 
-    def engine(self, number: int) -> Engine:
-        """Network `number`, initialised from (seed, number) alone."""
+    def engine(
+        self, number: int, around: Callable[[Classifier], nn.Module] | None = None, *, partly: bool = False
+    ) -> Engine:
+        """Network `number`, initialised from (seed, number) alone: a classifier, or what `around` makes of one.
+
+        `partly` is the Engine's.
+        """
         model = self.config.model
         torch.manual_seed(self.config.run.seed * 1009 + number)
-        network = build_model(model.name, self.train.num_classes, pretrained=model.pretrained)
-        return Engine(network, self.config, self.world)
+        classifier = build_model(model.name, self.train.num_classes, pretrained=model.pretrained)
+        return Engine(around(classifier) if around else classifier, self.config, self.world, partly=partly)
 
     def shuffled(self, epoch: int, purpose: int, batch_size: int) -> Plan:
         """A shuffled plan over all training samples; `purpose` tells the plans of one epoch apart."""
@@ -99,10 +108,10 @@ class Context:
             population=population,
         )
 
-    def view(self, batch: Batch, epoch: int, purpose: int) -> Tensor:
-        """One random training view of a batch, (b, 3, h, w); the draw depends on (seed, epoch, purpose, sample)."""
+    def view(self, batch: Batch, epoch: int, purpose: int, view: View | None = None) -> Tensor:
+        """A random view (by default views.train) of a batch, (b, 3, h, w); drawn by (seed, epoch, purpose, sample)."""
         key = (self.config.run.seed, epoch, purpose)
-        return self.train_view(batch.images, batch.sizes, batch.draws, key)
+        return (view or self.train_view)(batch.images, batch.sizes, batch.draws, key)
 
     def fixed_view(self, batch: Batch) -> Tensor:
         """The evaluation view of a batch, (b, 3, h, w)."""
@@ -150,6 +159,10 @@ class Pass(ABC):
         """The divisions into clean and noisy that the finished pass made, by network."""
         return {}
 
+    def curves(self) -> dict[str, "Curves"]:
+        """Plots of the finished pass, by name."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -169,18 +182,45 @@ class Split:
     mixture: Mixture | None
 
 
+@dataclass(frozen=True)
+class Curves:
+    """Lines for a plot: what the axes mean, and each line's points (x, y)."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    lines: Mapping[str, tuple[list[float], list[float]]]
+
+
 class Method(ABC):
     """Networks, per-sample columns, and the phases that train them."""
 
     num_networks: ClassVar[int] = 1
+    score: ClassVar[str] = "accuracy"  # the metric of an epoch that says which weights are best: higher is better
+    uses_labels: ClassVar[bool] = True  # whether the training labels decide about what is learnt
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.engines = [context.engine(number) for number in range(self.num_networks)]
+        self.engines = self.build_engines()
+
+    def build_engines(self) -> list[Engine]:
+        """The engines of the networks; by default of plain classifiers."""
+        return [self.context.engine(number) for number in range(self.num_networks)]
+
+    def start(self) -> None:  # noqa: B027
+        """Take over what the stages before left, if anything; called before the first step, not on a resume."""
 
     @abstractmethod
     def phases(self) -> list[Phase]:
-        """The method's phases; their epochs add up to train.epochs."""
+        """The method's phases; their epochs add up to the run's."""
+
+    def evaluation(self, epoch: int) -> list[Pass]:
+        """The passes that measure at an epoch's end: by default the accuracy of `logits`."""
+        return [EvaluationPass(self.context, self.logits)]
+
+    def weights(self) -> list[dict[str, Tensor]]:
+        """What weights/*.pt holds: the state of each network that is evaluated."""
+        return [engine.evaluated.state_dict() for engine in self.engines]
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits (b, C) for prediction: the sum over the networks (algorithms 0.3)."""
@@ -246,9 +286,10 @@ class SupervisedPass(EnginePass):
         engine: Engine,
         epoch: int,
         loss: Callable[[Engine, Tensor, Tensor, np.random.Generator], Tensor],
+        view: View | None = None,
     ) -> None:
         super().__init__(context, number, engine, epoch)
-        self._loss = loss
+        self._loss, self._view = loss, view
         self.batch = {"all": context.config.train.batch_size}
         self.num_samples, self.num_rows = len(context.train), self.batch["all"]
 
@@ -259,7 +300,7 @@ class SupervisedPass(EnginePass):
     def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
         """See Pass."""
         batch = batches["all"]
-        images = self.context.view(batch, self.epoch, self.number)
+        images = self.context.view(batch, self.epoch, self.number, self._view)
         generator = self.context.generator(self.epoch, self.number, step)
         loss = self._loss(self.engine, images, batch.labels, generator)
         self.descend(loss, step)

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nldist.data.plan import Plan, balanced, divided
 from nldist.data.stream import Batch
+from nldist.data.views import View
 from nldist.dist.engine import Engine
 from nldist.errors import UserError
 from nldist.estimate.division import divide, split_quality
@@ -70,8 +71,25 @@ class DivideMix(Method):
         return [Phase("warmup", warmup, self._warmup), Phase("divide", rest, self._divide)]
 
     def _warmup(self, epoch: int) -> list[Pass]:
-        loss = _penalised if self.settings.warmup_penalty else cross_entropy
-        return [SupervisedPass(self.context, n, engine, epoch, loss) for n, engine in enumerate(self.engines)]
+        return [
+            SupervisedPass(self.context, n, engine, epoch, self.warmup_loss, self.warmup_view)
+            for n, engine in enumerate(self.engines)
+        ]
+
+    @property
+    def warmup_loss(self) -> Callable[[Engine, Tensor, Tensor, np.random.Generator], Tensor]:
+        """The loss of the warm-up."""
+        return _penalised if self.settings.warmup_penalty else cross_entropy
+
+    @property
+    def warmup_view(self) -> View:
+        """The random view of the warm-up."""
+        return self.context.train_view
+
+    @property
+    def ssl_view(self) -> View:
+        """The random view of the semi-supervised training."""
+        return self.context.train_view
 
     def _divide(self, epoch: int) -> list[Pass]:
         if self.settings.subset is None:
@@ -86,6 +104,10 @@ class DivideMix(Method):
         seed = self.context.config.run.seed * 2 + number
         num_classes = self.context.train.num_classes
         return balanced(self.context.labels, self.settings.subset, seed=seed, epoch=epoch, num_classes=num_classes)
+
+    def swept(self, metrics: Metrics) -> Metrics:
+        """Called with the metrics of a finished sweep; returns more of them."""
+        return {}
 
     def peer(self, number: int) -> nn.Module:
         """The other network, in eval mode."""
@@ -157,7 +179,7 @@ class SweepPass(Pass):
         metrics: Metrics = {}
         for number in self._numbers:
             metrics |= self._divide(number)
-        return metrics
+        return metrics | self._method.swept(metrics)
 
     def _divide(self, number: int) -> Metrics:
         context, table = self._context, self._context.table
@@ -238,7 +260,8 @@ class DividePass(EnginePass):
     def _views(self, batch: Batch) -> list[Tensor]:
         """Two independent augmentations, none for an empty batch."""
         purpose = _DIVIDE + 4 * self.number
-        return [self.context.view(batch, self.epoch, purpose + n) for n in (0, 1)] if len(batch.ids) else []
+        view = self._method.ssl_view
+        return [self.context.view(batch, self.epoch, purpose + n, view) for n in (0, 1)] if len(batch.ids) else []
 
     def _refine(self, batch: Batch, views: list[Tensor]) -> Tensor:
         """Co-refinement of the labelled (equations 3 and 4): this network only, by the peer's clean probability."""

@@ -13,10 +13,12 @@ class Classifier(nn.Module):
         self.num_features = num_features
         self.num_classes = num_classes
         self.head = nn.Linear(num_features, num_classes)
+        self.frozen = False  # whether the backbone learns nothing (its batch-norm statistics still follow the mode)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Pooled features (b, num_features) of normalised images (b, 3, h, w)."""
-        features: torch.Tensor = self.backbone(images)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features: torch.Tensor = self.backbone(images)
         return features
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

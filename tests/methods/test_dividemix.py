@@ -20,7 +20,7 @@ from tests.ranks import run_ranks
 
 def build(digits: Path, *overrides: str, world: World | None = None) -> DivideMix:
     overrides = (f"data.root={digits}", "train.epochs=20", "train.batch_size=32", *overrides)
-    config = load_config(REPOSITORY / "configs" / "demo.yaml", overrides)
+    config = load_config(REPOSITORY / "tests" / "digits.yaml", overrides)
     return DivideMix(build_context(config, world or World.single()))
 
 

@@ -1,0 +1,279 @@
+"""Nearest neighbours among vectors that are spread over the ranks, exactly and the same for any number of ranks.
+
+Each rank searches its own vectors for the queries of all; the query's owner merges the lists by (descending
+score, ascending id). Ids count the vectors in rank order (algorithms 1.7).
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from nldist.data.index import owned
+from nldist.dist.world import World
+from nldist.errors import UserError
+from nldist.estimate.shard import MAX_K, Shard, lengths
+
+FORMAT_VERSION = 1
+
+_SLICE = re.compile(r"vectors\.(\d{12})-(\d{12})\.npy").fullmatch
+# Queries of all ranks that are searched at a time: what bounds the memory of a search.
+_BLOCK = 8_192
+# A product of two such lengths, and so every partial sum of an inner product, fits float32.
+_MAX_LENGTH = 1e18
+_ENTRY = np.dtype([("score", np.float64), ("id", np.int64)])
+# Training vectors at most, and for each inverted list where that is more (FAISS wants 39 at least).
+_TRAINING_SIZE, _PER_LIST = 65_536, 64
+
+
+class ShardedIndex:
+    """Inner-product search over the vectors of all ranks, each of which keeps its own.
+
+    "Flat" is exact: scores are float64 functions of the two vectors alone, so that lists are bit for bit the same
+    for any number of ranks. Any other FAISS factory string is approximate: candidates come from an index that is
+    trained once, on rank 0, and shared by all; they are scored exactly. Such lists can differ between numbers of
+    ranks, since each rank proposes candidates.
+
+    Attributes:
+        owned: the ids of this rank's vectors.
+        num_vectors: vectors of all ranks.
+    """
+
+    def __init__(self, vectors: np.ndarray, world: World, facts: dict[str, Any], trained: np.ndarray | None) -> None:
+        counts = world.all_gather(np.array([len(vectors)], np.int64))
+        start = int(counts[: world.rank].sum())
+        self.owned, self.num_vectors = range(start, start + len(vectors)), int(counts.sum())
+        self._world, self._facts, self._trained = world, facts, trained
+        self._device = world.device if faiss.get_num_gpus() else torch.device("cpu")
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        try:
+            index = None if trained is None else faiss.deserialize_index(trained)
+            self._shard = Shard(_tensor(vectors).to(self._device), index)
+        except RuntimeError as error:
+            raise UserError(f"FAISS cannot use the index {facts['factory']!r} here: {_reason(error)}") from error
+
+    @classmethod
+    def build(
+        cls, vectors: np.ndarray, world: World, *, factory: str = "Flat", num_probe: int | None = None, seed: int = 0
+    ) -> "ShardedIndex":
+        """Index the vectors of all ranks. A collective.
+
+        Args:
+            vectors: (owned, d) float32, used in place on a CPU. A rank may own none.
+            world: the ranks.
+            factory: "Flat" for exact search, or any FAISS factory string.
+            num_probe: inverted lists that an IVF index searches; None: FAISS's default, one.
+            seed: of the choice of training vectors, which is the same for any number of ranks.
+
+        Raises:
+            UserError: a vector is not finite; FAISS doesn't know the factory string or cannot train it on so few
+                vectors; `num_probe` is set for an index without inverted lists.
+        """
+        _refuse(vectors, world, "vectors")
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        index = _empty_index(vectors.shape[1], factory, num_probe)
+        trained = None if factory == "Flat" else _train(index, vectors, world, factory, seed)
+        return cls(vectors, world, {"factory": factory, "num_probe": num_probe}, trained)
+
+    def vectors(self, ids: range) -> np.ndarray:
+        """The vectors (b, d) float32 of `ids`, all of which this rank owns."""
+        start = ids.start - self.owned.start
+        assert not ids or 0 <= start <= start + len(ids) <= len(self.owned), "ids of another rank"
+        return np.asarray(self._shard.vectors[start : start + len(ids)].cpu().numpy())
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k vectors, of any rank, of largest inner product with each query of this rank. A collective.
+
+        Args:
+            queries: (b, d) float32; b may differ between ranks, and be 0.
+            k: at most 512.
+
+        Returns:
+            Scores (b, k) float64, descending, and ids (b, k) int64, ascending where scores are equal; -inf and -1
+            where there are fewer than k vectors (or an approximate index finds fewer).
+
+        Raises:
+            UserError: a query of any rank is not finite.
+        """
+        if not 1 <= k <= MAX_K:
+            raise ValueError(f"k must be in 1..{MAX_K}, not {k}")
+        counts = _refuse(queries, self._world, "queries")
+        size = max(1, _BLOCK // self._world.size)
+        blocks = [
+            self._search_block(queries[start : start + size], np.clip(counts - start, 0, size), k)
+            for start in range(0, max(int(counts.max()), 1), size)
+        ]
+        scores, ids = (np.concatenate(column) for column in zip(*blocks, strict=True))
+        return scores, ids
+
+    def _search_block(self, queries: np.ndarray, counts: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """`search` for the next `counts` (ranks,) queries of each rank, which all ranks can hold at once."""
+        everyone = _tensor(self._world.all_gather(queries)).to(self._device)
+        scores, rows = (part.cpu().numpy() for part in self._shard.search(everyone, k))
+        lists = np.empty((len(everyone), k), _ENTRY)
+        lists["score"], lists["id"] = -np.inf, -1
+        lists["score"][:, : scores.shape[1]] = scores
+        lists["id"][:, : rows.shape[1]] = np.where(rows < 0, -1, rows + self.owned.start)
+        mine = _exchange(lists.view(np.int64), counts, np.full_like(counts, len(queries)), self._world)
+        merged = mine.view(_ENTRY).reshape(self._world.size, len(queries), k).swapaxes(0, 1)
+        merged = merged.reshape(len(queries), self._world.size * k)
+        # Ids ascend with the rank and each list is in order: a stable sort by score leaves ties in ascending order.
+        best = np.argsort(-merged["score"], axis=1, kind="stable")[:, :k]
+        merged = np.take_along_axis(merged, best, axis=1)
+        return merged["score"], merged["id"]
+
+    def save(self, directory: Path) -> None:
+        """Write the index to `directory` in the place of what is there; it exists whole or not at all. A collective.
+
+        Raises:
+            UserError: the file system refused (full disk, no permission).
+        """
+        aside = directory.with_name(directory.name + ".part")
+        try:
+            if self._world.is_main:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+            self._world.barrier()
+            if self.owned:
+                _write(aside / f"vectors.{self.owned.start:012d}-{self.owned.stop:012d}.npy", self.vectors(self.owned))
+            self._world.barrier()
+            if self._world.is_main:
+                self._finish(aside, directory)
+            self._world.barrier()
+        except OSError as error:
+            raise UserError(f"{directory}: the index was not saved ({error}); free some space") from error
+
+    def _finish(self, aside: Path, directory: Path) -> None:
+        if self._trained is not None:
+            self._trained.tofile(aside / "trained.faiss")
+        dim = self._shard.vectors.shape[1]
+        facts = {"format_version": FORMAT_VERSION, **self._facts, "dim": dim, "num_vectors": self.num_vectors}
+        (aside / "manifest.json").write_text(json.dumps(facts, indent=2) + "\n")
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(aside, directory)
+
+    @classmethod
+    def load(cls, directory: Path, world: World) -> "ShardedIndex":
+        """Read an index that any number of ranks saved; each rank gets an even share of the ids. A collective.
+
+        Raises:
+            UserError: files are missing, damaged or of another format version.
+        """
+        try:
+            facts = json.loads((directory / "manifest.json").read_text())
+            if facts["format_version"] != FORMAT_VERSION:
+                raise UserError(f"{directory}: format version {facts['format_version']!r}, not {FORMAT_VERSION}")
+            kind = {name: facts[name] for name in ("factory", "num_probe")}
+            vectors = _read(directory, facts["num_vectors"], facts["dim"], world)
+            trained = None if kind["factory"] == "Flat" else np.fromfile(directory / "trained.faiss", np.uint8)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{directory}: not a whole index ({error}); build it again") from error
+        return cls(vectors, world, kind, trained)
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
+
+
+def _refuse(vectors: np.ndarray, world: World, what: str) -> np.ndarray:
+    """Fail on every rank if a vector of any is unusable; else how many each rank has, (ranks,). A collective."""
+    bad = ~(lengths(_tensor(vectors)).numpy() < _MAX_LENGTH)
+    facts = world.all_gather(np.array([[len(vectors), bad.sum()]], np.int64))
+    if facts[:, 1].any():
+        ranks = ", ".join(str(rank) for rank in np.flatnonzero(facts[:, 1]))
+        raise UserError(
+            f"{facts[:, 1].sum()} of {facts[:, 0].sum()} {what} have no neighbours: NaN, infinite or longer than "
+            f"{_MAX_LENGTH:g} (on rank {ranks}); check the network that made them"
+        )
+    return facts[:, 0]
+
+
+def _empty_index(dim: int, factory: str, num_probe: int | None) -> faiss.Index:
+    try:
+        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise UserError(f"FAISS knows no index {factory!r} of {dim} dimensions: {_reason(error)}") from error
+    if num_probe is not None:
+        lists = faiss.try_extract_index_ivf(index)
+        if lists is None:
+            raise UserError(f"num_probe is for IVF indexes, {factory!r} has no lists to probe; leave it out")
+        lists.nprobe = num_probe
+    return index
+
+
+def _train(index: faiss.Index, vectors: np.ndarray, world: World, factory: str, seed: int) -> np.ndarray:
+    """The index, trained on rank 0, as bytes (n,) uint8 on every rank. A collective."""
+    sample = _training_sample(index, vectors, world, seed)
+    trained, problem = None, None
+    if world.is_main:
+        try:
+            index.train(sample)
+            trained = faiss.serialize_index(index)
+        except RuntimeError as error:
+            problem = _reason(error)
+    trained, problem = world.broadcast_object((trained, problem))
+    if trained is None:
+        raise UserError(f"the index {factory!r} cannot be trained: {problem}; choose a smaller one, or Flat")
+    return trained
+
+
+def _training_sample(index: faiss.Index, vectors: np.ndarray, world: World, seed: int) -> np.ndarray:
+    """Vectors to train with, chosen by id alone, in order of id: (m, d) on rank 0, none on the others."""
+    counts = world.all_gather(np.array([len(vectors)], np.int64))
+    bounds = np.concatenate([[0], np.cumsum(counts)])
+    lists = faiss.try_extract_index_ivf(index)
+    size = max(_TRAINING_SIZE, _PER_LIST * lists.nlist if lists else 0)
+    chosen = np.sort(np.random.default_rng(seed).choice(bounds[-1], min(size, bounds[-1]), replace=False))
+    edges = np.searchsorted(chosen, bounds)
+    rows = chosen[edges[world.rank] : edges[world.rank + 1]] - bounds[world.rank]
+    to_main = np.zeros_like(counts)
+    to_main[0] = len(rows)
+    from_all = np.diff(edges) if world.is_main else np.zeros_like(counts)
+    return _exchange(vectors[rows], to_main, from_all, world)
+
+
+def _exchange(array: np.ndarray, send: np.ndarray, receive: np.ndarray, world: World) -> np.ndarray:
+    """Send the next `send[r]` rows of `array` to each rank r; what they send here, `receive[r]` rows, in rank order."""
+    if world.size == 1:
+        return array
+    out = np.empty((int(receive.sum()), *array.shape[1:]), array.dtype)
+    dist.all_to_all_single(torch.from_numpy(out), torch.from_numpy(array), receive.tolist(), send.tolist())
+    return out
+
+
+def _reason(error: RuntimeError) -> str:
+    """What FAISS complains of, without the place in its source."""
+    return str(error).rsplit(": ", 1)[-1].strip()
+
+
+def _write(path: Path, array: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(directory: Path, num_vectors: int, dim: int, world: World) -> np.ndarray:
+    """This rank's even share of the vectors, (owned, dim), from slices that together hold each once."""
+    ids = owned(num_vectors, world.rank, world.size)
+    vectors = np.empty((len(ids), dim), np.float32)
+    slices = [(int(match[1]), int(match[2]), path) for path in directory.iterdir() if (match := _SLICE(path.name))]
+    end = 0
+    for start, stop, path in [*sorted(slices), (num_vectors, num_vectors, directory)]:
+        if start != end:
+            raise ValueError(f"vectors {end} to {start - 1} are missing")
+        end = stop
+        low, high = max(start, ids.start), min(stop, ids.stop)
+        if low < high:
+            part = np.lib.format.open_memmap(path, mode="r")
+            if part.shape != (stop - start, dim) or part.dtype != np.float32:
+                raise ValueError(f"{path.name} holds {part.dtype} {part.shape}")
+            vectors[low - ids.start : high - ids.start] = part[low - start : high - start]
+    return vectors

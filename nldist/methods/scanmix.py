@@ -1,0 +1,156 @@
+"""ScanMix (Sachdeva et al., arXiv 2103.11395): DivideMix and clustering by neighbours in one EM loop (algorithms 3)."""
+
+import logging
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from nldist.data.views import View
+from nldist.dist.checkpoint import load_file
+from nldist.dist.engine import Engine
+from nldist.methods.base import Context, Metrics, Pass, SupervisedPass
+from nldist.methods.dividemix import DivideMix
+from nldist.models.two_heads import TwoHeads
+from nldist.pretext.scan import NeighbourPass
+
+log = logging.getLogger(__name__)
+
+
+class ScanMix(DivideMix):
+    """Two networks with two heads, both begun from SCAN's clustering.
+
+    An epoch is DivideMix's (E-step and semi-supervised M-step) and then a clustering pass over all images, with
+    neighbours that the other network predicts to be of the anchor's class.
+    """
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.scan = context.config.method.scanmix
+        self.noise_rate: float | None = None  # estimated once, after the warm-up
+
+    def build_engines(self) -> list[Engine]:
+        """See Method."""
+        return [self.context.engine(number, TwoHeads, partly=True) for number in range(self.num_networks)]
+
+    def start(self) -> None:
+        """Begin both networks, and both heads of each, from the best epoch of the clustering (algorithms 3.b B)."""
+        state = load_file(self.context.products["cluster"] / "weights" / "best.pt")["networks"][0]
+        for network in (_two_heads(engine.model) for engine in self.engines):
+            network.classifier.load_state_dict(state)
+            network.cluster_head.load_state_dict(network.classifier.head.state_dict())
+
+    def weights(self) -> list[dict[str, Tensor]]:
+        """The networks with their classification heads alone: plain classifiers."""
+        return [_two_heads(engine.evaluated).classifier.state_dict() for engine in self.engines]
+
+    def _warmup(self, epoch: int) -> list[Pass]:
+        """Only the classification head learns, so that wrong labels do not spoil the features (algorithms 3.b C)."""
+        return [
+            _HeadPass(self.context, number, engine, epoch, self.warmup_loss, self.warmup_view)
+            for number, engine in enumerate(self.engines)
+        ]
+
+    @property
+    def warmup_view(self) -> View:
+        """See DivideMix."""
+        return self._view(self.scan.warmup_view)
+
+    @property
+    def ssl_view(self) -> View:
+        """See DivideMix."""
+        return self._view(self.scan.ssl_view)
+
+    @property
+    def cluster_view(self) -> View:
+        """The random view of the clustering passes."""
+        return self._view(self.scan.cluster_view)
+
+    def _view(self, name: str) -> View:
+        strong = self.high_noise if name == "by_noise" else name == "strong"
+        view = self.context.strong_view if strong else self.context.train_view
+        assert view is not None
+        return view
+
+    @property
+    def high_noise(self) -> bool:
+        """Whether the estimated noise rate is above the threshold (algorithms 3.b C)."""
+        assert self.noise_rate is not None
+        return self.noise_rate > self.scan.noise_threshold
+
+    def swept(self, metrics: Metrics) -> Metrics:
+        """The first sweep after the warm-up estimates the noise rate: the share that is not labelled."""
+        if self.noise_rate is None:
+            self.noise_rate = 1 - (metrics["labelled_share0"] + metrics["labelled_share1"]) / 2
+            if self.context.world.is_main:
+                kind = "high" if self.high_noise else "low"
+                log.info("estimated noise rate %.2f: settings for %s noise", self.noise_rate, kind)
+        return {"noise_rate": self.noise_rate}
+
+    def _divide(self, epoch: int) -> list[Pass]:
+        passes = super()._divide(epoch)
+        every = self.scan.cluster_every
+        if every is None or (epoch - self.settings.warmup_epochs) % every:
+            return passes
+        return [*passes, self._cluster(0, epoch), self._cluster(1, epoch)]
+
+    def _cluster(self, number: int, epoch: int) -> Pass:
+        return _ClusterPass(
+            self.context,
+            number,
+            self.engines[number],
+            epoch,
+            batch_size=self.scan.batch_size,
+            lambda_e=self.scan.lambda_e,
+            rate=lambda _: self.scan.lr_high if self.high_noise else self.scan.lr_low,
+            view=lambda: self.cluster_view,
+            predicted=lambda: self.context.table.gather(f"predicted{1 - number}"),
+            include_self=self.scan.include_self,
+            population=self._anchors(number, epoch),
+        )
+
+    def _anchors(self, number: int, epoch: int) -> np.ndarray | None:
+        """The images that a clustering pass begins from, None for all."""
+        num_samples = len(self.context.train)
+        if self.scan.anchors is None or self.scan.anchors >= num_samples:
+            return None
+        generator = np.random.default_rng([self.context.config.run.seed, epoch, number])
+        return np.sort(generator.permutation(num_samples)[: self.scan.anchors])
+
+    def state_dict(self) -> dict[str, Any]:
+        """See Method."""
+        return super().state_dict() | {"noise_rate": self.noise_rate}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See Method."""
+        super().load_state_dict(state)
+        self.noise_rate = state["noise_rate"]
+
+
+def _two_heads(network: nn.Module) -> TwoHeads:
+    assert isinstance(network, TwoHeads)
+    return network
+
+
+class _HeadPass(SupervisedPass):
+    """A supervised pass in which the backbone learns nothing, but its batch-norm statistics follow."""
+
+    def start(self, num_steps: int, start_step: int) -> None:
+        super().start(num_steps, start_step)
+        _two_heads(self.engine.model).classifier.frozen = True
+
+    def finish(self) -> Metrics:
+        _two_heads(self.engine.model).classifier.frozen = False
+        return super().finish()
+
+
+class _ClusterPass(NeighbourPass):
+    """A clustering pass through the second head, with the optimiser of the first (algorithms 3.b D4)."""
+
+    def start(self, num_steps: int, start_step: int) -> None:
+        super().start(num_steps, start_step)
+        _two_heads(self.engine.model).active = "cluster"
+
+    def finish(self) -> Metrics:
+        _two_heads(self.engine.model).active = "classify"
+        return super().finish()

@@ -1,0 +1,74 @@
+"""What the pretext methods share: the network, the phase, two views of each image, and the k-NN measure."""
+
+from abc import abstractmethod
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from nldist.config import PretextSection
+from nldist.data.plan import Plan
+from nldist.data.stream import Batch
+from nldist.dist.engine import Engine
+from nldist.methods.base import EnginePass, Method, Pass, Phase
+from nldist.models import Classifier
+from nldist.pretext.knn import knn_passes
+from nldist.pretext.projection import PretextModel
+
+
+class Pretext(Method):
+    """A backbone with a projector, trained without labels; the given labels only measure it."""
+
+    score = "knn_accuracy"
+    uses_labels: ClassVar[bool] = False
+
+    def build_engines(self) -> list[Engine]:
+        """See Method."""
+        return [self.context.engine(0, self._with_projector)]
+
+    def _with_projector(self, classifier: Classifier) -> nn.Module:
+        return PretextModel(classifier.backbone, classifier.num_features, self.settings.dim)
+
+    @property
+    def settings(self) -> PretextSection:
+        """The stage's section of the configuration."""
+        settings = self.context.config.pretext
+        assert settings is not None
+        return settings
+
+    def phases(self) -> list[Phase]:
+        """See Method."""
+        return [Phase("pretext", self.context.config.train.epochs, lambda epoch: [self.train_pass(epoch)])]
+
+    @abstractmethod
+    def train_pass(self, epoch: int) -> Pass:
+        """One epoch of training."""
+
+    def evaluation(self, epoch: int) -> list[Pass]:
+        """k-NN accuracy every `knn_every` epochs and at the end; what comes between is not measured."""
+        last = epoch + 1 == self.context.config.train.epochs
+        due = last or (epoch + 1) % self.settings.knn_every == 0
+        return knn_passes(self.context, self.features, self.settings) if due else []
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features (b, F) of the backbone in eval mode, no gradient."""
+        network = self.engines[0].evaluated
+        assert isinstance(network, PretextModel)
+        return self.engines[0].predict(images, network.backbone.eval())
+
+
+class PretextPass(EnginePass):
+    """One epoch over all images with two random views of each."""
+
+    def __init__(self, method: Pretext, epoch: int) -> None:
+        super().__init__(method.context, 0, method.engines[0], epoch)
+        self.settings = method.settings
+        self.batch = {"all": method.context.config.train.batch_size}
+        self.num_samples, self.num_rows = len(self.context.train), 2 * self.batch["all"]
+
+    def plan(self) -> Plan:
+        """See Pass."""
+        return self.context.shuffled(self.epoch, 0, self.batch["all"])
+
+    def views(self, batch: Batch) -> list[Tensor]:
+        """Two independent views, (b, 3, h, w) each."""
+        return [self.context.view(batch, self.epoch, purpose) for purpose in (0, 1)]

@@ -1,0 +1,171 @@
+"""Stage mine: features of every image in one sweep, then the graph of nearest neighbours (algorithms 3.b A3)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nldist.data.plan import Part, Plan
+from nldist.dist.checkpoint import load_file
+from nldist.dist.engine import Engine
+from nldist.estimate.graph import GraphFile, neighbours_of, normalise, open_graph, purity
+from nldist.estimate.neighbours import ShardedIndex
+from nldist.methods.base import Batches, Context, Curves, Method, Metrics, Pass, Phase
+from nldist.models import Classifier
+from nldist.pretext.projection import PretextModel
+
+GRAPH_FILE = "neighbours.npy"
+
+
+class Mine(Method):
+    """The pre-trained network looks at every image once; each image's features stay with its owner."""
+
+    score = "purity"
+    uses_labels = False
+
+    def __init__(self, context: Context) -> None:
+        self.settings = context.config.mine
+        super().__init__(context)
+        with torch.no_grad():
+            probe = torch.zeros(1, 3, 32, 32, device=context.world.device)
+            dim = self.features(probe).shape[1]
+        context.table.add("features", np.float32, (dim,))
+
+    def build_engines(self) -> list[Engine]:
+        """See Method."""
+        return [self.context.engine(0, self._with_projector)]
+
+    def _with_projector(self, classifier: Classifier) -> nn.Module:
+        assert self.context.config.pretext is not None
+        return PretextModel(classifier.backbone, classifier.num_features, self.context.config.pretext.dim)
+
+    def start(self) -> None:
+        """Take over the pretext's network."""
+        state = load_file(self.context.products["pretext"] / "weights" / "last.pt")["networks"][0]
+        self.engines[0].model.load_state_dict(state)
+
+    def phases(self) -> list[Phase]:
+        """See Method."""
+        return [
+            Phase("features", 1, lambda epoch: [FeaturePass(self)]),
+            Phase("search", 1, lambda epoch: [SearchPass(self.context)]),
+        ]
+
+    def evaluation(self, epoch: int) -> list[Pass]:
+        """None: the purity of the graph is measured when it is done."""
+        return []
+
+    def weights(self) -> list[dict[str, Tensor]]:
+        """None: what this stage leaves is the graph."""
+        return []
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features (b, d) of the configured layer, in eval mode, no gradient."""
+        network = self.engines[0].model.eval()
+        assert isinstance(network, PretextModel)
+        return self.engines[0].predict(images, network if self.settings.layer == "projector" else network.backbone)
+
+
+class FeaturePass(Pass):
+    """Every image's features into the samples' table; those of an image that cannot be read stay zero."""
+
+    name = "features"
+    trains = False
+
+    def __init__(self, method: Mine) -> None:
+        self._method, self._context = method, method.context
+        self.batch = {"all": self._context.config.train.eval_batch_size}
+        self.num_samples = len(self._context.train)
+
+    def plan(self) -> Plan:
+        """See Pass."""
+        return self._context.sweep(self.num_samples)
+
+    def start(self, num_steps: int, start_step: int) -> None:
+        """See Pass."""
+
+    def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
+        """See Pass."""
+        batch = batches["all"]
+        if len(batch.ids):
+            features = self._method.features(self._context.fixed_view(batch)).cpu().numpy()
+            self._context.table.put("features", batch.ids.cpu().numpy(), features)
+        return {}
+
+    def finish(self) -> Metrics:
+        """See Pass."""
+        return {}
+
+
+class SearchPass(Pass):
+    """The k nearest neighbours of a block of images per step and rank, into the graph's file."""
+
+    name = "search"
+    trains = False
+
+    def __init__(self, context: Context) -> None:
+        self._context, self._settings = context, context.config.mine
+        self.batch = {"queries": self._settings.block}
+        self.num_samples = len(context.train)
+        self._purity: dict[str, np.ndarray] = {}
+
+    def plan(self) -> Plan:
+        """Steps without images."""
+        most = -(-self.num_samples // self._context.world.size)
+        return _Blocks(-(-most // self._settings.block))
+
+    def start(self, num_steps: int, start_step: int) -> None:
+        """Index the features of all ranks."""
+        context, settings = self._context, self._settings
+        self._index = ShardedIndex.build(
+            normalise(context.table["features"]),
+            context.world,
+            factory=settings.factory,
+            num_probe=settings.num_probe,
+            seed=context.config.run.seed,
+        )
+        path = context.directory / GRAPH_FILE
+        self._file = GraphFile(path, self.num_samples, settings.k, context.world)
+
+    def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
+        """See Pass."""
+        ids = self._context.table.owned[step * self._settings.block : (step + 1) * self._settings.block]
+        self._file.write(ids.start, neighbours_of(self._index, ids, self._settings.k))
+        return {}
+
+    def resume_step(self, num_done: int) -> int | None:
+        """What has been written is in the file, also after a crash of the node."""
+        self._file.flush()
+        return num_done
+
+    def finish(self) -> Metrics:
+        """Name the file, and measure how often neighbours have the same label: the given one, and the true one."""
+        context = self._context
+        self._file.finish()
+        owned = context.table.owned
+        rows = open_graph(context.directory / GRAPH_FILE)[owned.start : owned.stop]
+        for name, labels in (("given labels", context.labels), ("true labels", context.clean)):
+            if labels is not None:
+                shares = purity(rows, owned, labels, context.world)
+                self._purity[name] = 100 * shares.cumsum() / np.arange(1, len(shares) + 1)
+        names = {"given labels": "purity", "true labels": "purity_clean"}
+        return {names[name]: float(shares[-1]) for name, shares in self._purity.items()}
+
+    def curves(self) -> dict[str, Curves]:
+        """See Pass."""
+        ks = [float(k) for k in range(1, self._settings.k + 1)]
+        lines = {name: (ks, shares.tolist()) for name, shares in self._purity.items()}
+        title = f"{self._context.train.name}: neighbours with the same label"
+        return {"purity": Curves(title, "nearest neighbours k", "share with the anchor's label (%)", lines)}
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Steps that read no image."""
+
+    num_steps: int
+
+    def step(self, k: int) -> dict[str, Part]:
+        return {}

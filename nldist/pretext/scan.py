@@ -1,0 +1,281 @@
+"""SCAN (Van Gansbeke et al., ECCV 2020): clustering by neighbours, ScanMix's second stage (algorithms 3.b B)."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from nldist.data.neighbour_plan import nearest, neighbours
+from nldist.data.plan import Plan
+from nldist.data.stream import Batch
+from nldist.data.views import View
+from nldist.dist.checkpoint import load_file
+from nldist.dist.engine import Engine, learning_rate
+from nldist.losses import agreement, mean_negative_entropy
+from nldist.methods.base import Batches, Context, EnginePass, EvaluationPass, Method, Metrics, Pass, Phase
+from nldist.models import Classifier
+from nldist.models.two_heads import ClusterHeads
+from nldist.pretext.mine import GRAPH_FILE
+
+_PURPOSE = 64  # of plans and views; two per network
+_VALIDATION_NEIGHBOURS = 5  # the authors' number
+
+
+class Scan(Method):
+    """The pre-trained backbone with heads whose outputs become clusters; no label is used.
+
+    Of several heads the one that does best on the images kept apart is the result (sub-heads as in IIC, Ji et al. 2019:
+    a clustering easily merges two classes and divides a third).
+    """
+
+    score = "validation_score"
+    uses_labels = False
+
+    def __init__(self, context: Context) -> None:
+        assert context.config.cluster is not None
+        self.settings = context.config.cluster
+        self.best_head = 0
+        super().__init__(context)
+        num_samples = len(context.train)
+        order = np.random.default_rng([context.config.run.seed, _PURPOSE]).permutation(num_samples)
+        # At least one on every rank, so that each has something to say about the epoch.
+        num_kept = max(round(self.settings.holdout * num_samples), context.world.size)
+        self.kept_apart, self.anchors = np.sort(order[:num_kept]), np.sort(order[num_kept:])
+
+    def build_engines(self) -> list[Engine]:
+        """See Method."""
+        return [self.context.engine(0, self._with_heads, partly=self.settings.head_only)]
+
+    def _with_heads(self, classifier: Classifier) -> nn.Module:
+        classifier.frozen = self.settings.head_only
+        return ClusterHeads(classifier, self.settings.num_heads)
+
+    def start(self) -> None:
+        """Take over the pretext's backbone."""
+        state = load_file(self.context.products["pretext"] / "weights" / "last.pt")["networks"][0]
+        prefix = "backbone."
+        backbone = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        self.engines[0].model.classifier.backbone.load_state_dict(backbone)
+
+    def phases(self) -> list[Phase]:
+        """See Method."""
+        return [Phase("cluster", self.settings.epochs, self._passes)]
+
+    def _passes(self, epoch: int) -> list[Pass]:
+        context = self.context
+        return [
+            NeighbourPass(
+                context,
+                0,
+                self.engines[0],
+                epoch,
+                batch_size=self.settings.batch_size,
+                lambda_e=self.settings.lambda_e,
+                num_heads=self.settings.num_heads,
+                rate=lambda progress: learning_rate(context.config.optim, progress, self.settings.epochs),
+                population=self.anchors,
+            )
+        ]
+
+    def evaluation(self, epoch: int) -> list[Pass]:
+        """See Method."""
+        return [ValidationPass(self), ClusterEvaluationPass(self.context, self.logits)]
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits (b, C) of the best head."""
+        return self.all_logits(images)[:, self.best_head]
+
+    def all_logits(self, images: Tensor) -> Tensor:
+        """Logits (b, num_heads, C), in eval mode, no gradient."""
+        logits = self.engines[0].evaluate(images)
+        return logits.view(len(logits), self.settings.num_heads, -1)
+
+    def weights(self) -> list[dict[str, Tensor]]:
+        """A classifier with the best head."""
+        network = self.engines[0].evaluated
+        assert isinstance(network, ClusterHeads)
+        return [network.take(self.best_head)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """See Method."""
+        return super().state_dict() | {"best_head": self.best_head}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See Method."""
+        super().load_state_dict(state)
+        self.best_head = state["best_head"]
+
+
+class NeighbourPass(EnginePass):
+    """One epoch over anchors, one neighbour of each: agreement of the pair, entropy of the global batch.
+
+    Args:
+        context: of the run.
+        number: the network's.
+        engine: the network's.
+        epoch: in the whole run.
+        batch_size: anchors per step and rank.
+        lambda_e: weight of the entropy term.
+        rate: learning rate at a fractional epoch.
+        num_heads: clusterings that the network's outputs are, one after the other; the loss is their mean.
+        view: random view of anchors and neighbours; None = views.train.
+        predicted: gives the predicted class (N,) of every id when the pass begins; None = every neighbour is valid.
+        include_self: count an image among its own neighbours.
+        population: sorted ids of the anchors; None = all.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        number: int,
+        engine: Engine,
+        epoch: int,
+        *,
+        batch_size: int,
+        lambda_e: float,
+        rate: Callable[[float], float],
+        num_heads: int = 1,
+        view: Callable[[], View] | None = None,
+        predicted: Callable[[], np.ndarray] | None = None,
+        include_self: bool = True,
+        population: np.ndarray | None = None,
+    ) -> None:
+        super().__init__(context, number, engine, epoch)
+        self.name = f"cluster{number}"
+        self.batch = {"anchors": batch_size, "neighbours": batch_size}
+        self.num_samples = len(context.train) if population is None else len(population)
+        self.num_rows = 2 * batch_size
+        self._num_heads, self._lambda_e, self._rate = num_heads, lambda_e, rate
+        self._view, self._predicted, self._include_self = view, predicted, include_self
+        self._population = population
+
+    def plan(self) -> Plan:
+        """See Pass."""
+        context, world = self.context, self.context.world
+        return neighbours(
+            len(context.train),
+            graph_path(context),
+            rank=world.rank,
+            size=world.size,
+            batch_size=self.batch["anchors"],
+            seed=context.config.run.seed + 1_000_003 * (_PURPOSE + self.number),
+            epoch=self.epoch,
+            window=context.config.data.window,
+            predicted=self._predicted() if self._predicted else None,
+            include_self=self._include_self,
+            population=self._population,
+        )
+
+    def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
+        """See Pass."""
+        anchors, partners = whole_pairs(batches["anchors"], batches["neighbours"])
+        view, purpose = self._view() if self._view else None, _PURPOSE + 2 * self.number
+        images = [
+            self.context.view(batches[role], self.epoch, purpose + n, view)[rows]
+            for n, (role, rows) in enumerate((("anchors", anchors), ("neighbours", partners)))
+        ]
+        logits = self.engine.forward(torch.cat(images))
+        log_p, log_n = logits.view(len(logits), self._num_heads, -1).log_softmax(2).chunk(2)
+        disagreement = -agreement(log_p, log_n).mean()
+        # The sum of all heads' terms, in one collective.
+        entropy = mean_negative_entropy(log_p.exp().flatten(1), self.context.world) / self._num_heads
+        loss = disagreement + self._lambda_e * entropy
+        self.engine.step(loss, self._rate(self.progress(step)))
+        return {"loss": loss.detach(), "loss_agree": disagreement.detach(), "loss_entropy": entropy.detach()}
+
+
+class ValidationPass(Pass):
+    """SCAN's loss on images kept apart (algorithms 3.b B): over 5 neighbours each, and the entropy of all of them."""
+
+    trains = False
+    name = "validate"
+
+    def __init__(self, method: Scan) -> None:
+        self._context, self._method = method.context, method
+        batch_size = method.context.config.train.eval_batch_size // _VALIDATION_NEIGHBOURS or 1
+        self.batch = {"anchors": batch_size, "neighbours": batch_size * _VALIDATION_NEIGHBOURS}
+        self.num_samples = len(method.kept_apart)
+
+    def plan(self) -> Plan:
+        """See Pass."""
+        world = self._context.world
+        return nearest(
+            len(self._context.train),
+            graph_path(self._context),
+            _VALIDATION_NEIGHBOURS,
+            rank=world.rank,
+            size=world.size,
+            batch_size=self.batch["anchors"],
+            population=self._method.kept_apart,
+        )
+
+    def start(self, num_steps: int, start_step: int) -> None:
+        """See Pass."""
+        # Of every head: the sum of predictions, the sum of agreements, and how many of each.
+        shape = (self._method.settings.num_heads, self._context.train.num_classes + 3)
+        self._sums = torch.zeros(shape, dtype=torch.float64, device=self._context.world.device)
+
+    def resume_step(self, num_done: int) -> int | None:
+        """It is short: it starts again."""
+        return 0
+
+    def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
+        """See Pass."""
+        anchors, partners = batches["anchors"], batches["neighbours"]
+        if len(anchors) and len(partners):
+            log_p, log_n = (
+                self._method.all_logits(self._context.fixed_view(batch)).double().log_softmax(2)
+                for batch in (anchors, partners)
+            )
+            place, found = _find(partners.draws, anchors.draws)
+            agreements = agreement(log_p[place[found]], log_n[found])
+            num_classes = log_p.shape[2]
+            self._sums[:, :num_classes] += log_p.exp().sum(0)
+            self._sums[:, num_classes] += agreements.sum(0)
+            self._sums[:, num_classes + 1] += len(anchors)
+            self._sums[:, num_classes + 2] += len(agreements)
+        return {}
+
+    def finish(self) -> Metrics:
+        """The score is the negative loss of the best head: higher is better."""
+        sums = self._context.world.all_reduce(self._sums)
+        agreements, num_anchors, num_pairs = sums[:, -3], sums[:, -2].clamp_min(1), sums[:, -1].clamp_min(1)
+        mean = (sums[:, :-3] / num_anchors[:, None]).clamp_min(1e-8)
+        entropies = -(mean * mean.log()).sum(1)
+        scores = agreements / num_pairs + entropies
+        best = self._method.best_head = int(scores.argmax())
+        return {"validation_score": float(scores[best]), "validation_entropy": float(entropies[best])}
+
+
+class ClusterEvaluationPass(EvaluationPass):
+    """Accuracy after the best matching of clusters to classes (Kuhn 1955), in percent."""
+
+    def finish(self) -> Metrics:
+        """See Pass."""
+        metrics = super().finish()
+        confusion = self.confusion.cpu().numpy()
+        rows, columns = linear_sum_assignment(-confusion)
+        matched = 100 * int(confusion[rows, columns].sum()) / max(int(confusion.sum()), 1)
+        return {"cluster_accuracy": matched, "num_evaluated": metrics["num_evaluated"]}
+
+
+def graph_path(context: Context) -> Path:
+    """The neighbour graph that stage mine has left."""
+    return context.products["mine"] / "tables" / GRAPH_FILE
+
+
+def whole_pairs(anchors: Batch, partners: Batch) -> tuple[Tensor, Tensor]:
+    """Rows of both batches that make whole pairs: where one image could not be read, its partner is left out."""
+    place, found = _find(anchors.draws, partners.draws)
+    return found, place[found]
+
+
+def _find(wanted: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of `wanted` its place in `draws` (distinct, at least one), and which of them are there at all."""
+    ordered, order = draws.sort()
+    place = torch.searchsorted(ordered, wanted).clamp_max(len(draws) - 1)
+    return order[place], torch.nonzero(ordered[place] == wanted)[:, 0]

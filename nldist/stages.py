@@ -1,0 +1,168 @@
+"""Stages that chain: pretext -> mine -> cluster -> train, each a run of its own that takes over what came before.
+
+A stage before the training keeps its run directory in RUN/stages/NAME-DIGEST/ (or below run.stages_dir, for several
+runs to share). The digest names all that decides about its outcome: its settings, the images, and the digests of the
+stages that it builds on. So a stage whose inputs have changed is another stage, and no finished one is lost.
+"""
+
+import hashlib
+import json
+import shutil
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nldist.config import ClusterSection, Config, PretextSection
+from nldist.dist.world import World
+from nldist.errors import UserError
+from nldist.methods.base import Context, Method
+from nldist.pretext.mine import Mine
+from nldist.pretext.moco import MoCo
+from nldist.pretext.scan import Scan
+from nldist.pretext.simclr import SimCLR
+from nldist.run import RunDirectory
+from nldist.train import Trainer, build_context
+
+MAIN = "train"
+# Beginnings of the names of settings that decide about every stage.
+_SHARED = (
+    "run.seed",
+    "model.",
+    "data.mean",
+    "data.std",
+    "data.max_side",
+    "data.window",
+    "views.eval",
+    "train.autocast",
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage before the training.
+
+    Attributes:
+        settings: beginnings of the names of the settings that decide about its outcome, beside the shared ones.
+        needs: the stages that it builds on.
+        derive: its configuration from the run's: epochs, batches, optimiser and views in their usual places.
+        build: its method.
+    """
+
+    settings: tuple[str, ...]
+    needs: tuple[str, ...]
+    derive: Callable[[Config], Config]
+    build: Callable[[Context], Method]
+
+
+def _derive_pretext(config: Config) -> Config:
+    assert config.pretext is not None
+    return _derive(config, config.pretext)
+
+
+def _derive_cluster(config: Config) -> Config:
+    assert config.cluster is not None
+    return _derive(config, config.cluster)
+
+
+def _derive(config: Config, section: PretextSection | ClusterSection) -> Config:
+    changes = {"epochs": section.epochs, "batch_size": section.batch_size, "ema_decay": None}
+    train = config.train.model_copy(update=changes)
+    views = config.views.model_copy(update={"train": section.view})
+    return config.model_copy(update={"optim": section.optim, "train": train, "views": views})
+
+
+def _build_pretext(context: Context) -> Method:
+    assert context.config.pretext is not None
+    return {"simclr": SimCLR, "moco": MoCo}[context.config.pretext.name](context)
+
+
+STAGES = {
+    "pretext": Stage(("pretext.",), (), _derive_pretext, _build_pretext),
+    "mine": Stage(("mine.",), ("pretext",), lambda config: config, Mine),
+    "cluster": Stage(("cluster.",), ("pretext", "mine"), _derive_cluster, Scan),
+}
+CHAINS: dict[str, tuple[str, ...]] = {"scanmix": ("pretext", "mine", "cluster")}
+
+
+def train(config: Config, only: Sequence[str] | None = None) -> int:
+    """Run the configured method's stages (or `only` some of them), each going on from where it was.
+
+    Returns the exit code.
+
+    Raises:
+        UserError: data, settings or run directory are wrong, or a stage that is needed has not been run.
+    """
+    chain = (*CHAINS.get(config.method.name, ()), MAIN)
+    if unknown := [stage for stage in only or () if stage not in chain]:
+        raise UserError(f"method {config.method.name} has no stage {unknown[0]!r}; its stages are {', '.join(chain)}")
+    dist = config.dist
+    with World.start(num_threads=dist.num_threads, timeout_seconds=dist.timeout_seconds, device=dist.device) as world:
+        run = RunDirectory(config.run.dir)
+        if world.is_main:
+            run.claim(config)
+        world.barrier()
+        world.request_stop_on(signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+        return _run_chain(config, world, run, chain, only or chain)
+
+
+def _run_chain(config: Config, world: World, run: RunDirectory, chain: Sequence[str], wanted: Sequence[str]) -> int:
+    products: dict[str, Path] = {}
+    if len(chain) > 1:
+        products = stage_directories(config, build_context(config, world).fingerprint(labels=False))
+    for name, path in products.items():
+        if RunDirectory(path).summary is not None:
+            if world.is_main:
+                _drop_checkpoints(path)
+                print(f"{name}: done before, {path}", flush=True)
+        elif name in wanted:
+            if code := _run_stage(name, config, world, path, products):
+                return code
+        elif set(wanted) & set(chain[chain.index(name) :]):
+            raise UserError(f"stage {name} is not done in {path}; run it first: nldist train ... --stages {name}")
+    return Trainer(build_context(config, world, products), run).fit() if MAIN in wanted else 0
+
+
+def stage_directories(config: Config, images: str) -> dict[str, Path]:
+    """The run directory of each stage before the training, in their order.
+
+    `images` is the fingerprint of the training images.
+    """
+    root = config.run.stages_dir or config.run.dir / "stages"
+    settings, digests = config.flat(), dict[str, str]()
+    directories = {}
+    for name in CHAINS.get(config.method.name, ()):
+        stage = STAGES[name]
+        chosen = {key: value for key, value in settings.items() if key.startswith((*_SHARED, *stage.settings))}
+        inputs = [chosen, images, [digests[need] for need in stage.needs]]
+        digests[name] = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:10]
+        directories[name] = root / f"{name}-{digests[name]}"
+    return directories
+
+
+def stage_config(name: str, config: Config, path: Path) -> Config:
+    """The configuration of a stage before the training, kept in `path`."""
+    uri = config.track.uri or f"sqlite:///{config.run.dir.absolute().parent / 'mlflow.db'}"
+    run_name = f"{config.track.run_name or config.run.dir.name} {name}"
+    track = config.track.model_copy(update={"uri": uri, "run_name": run_name})
+    run = config.run.model_copy(update={"dir": path})
+    return STAGES[name].derive(config).model_copy(update={"run": run, "track": track})
+
+
+def _run_stage(name: str, config: Config, world: World, path: Path, products: dict[str, Path]) -> int:
+    """Run one stage to its end; returns the exit code."""
+    run = RunDirectory(path)
+    if world.is_main:
+        run.claim(None)
+    world.barrier()
+    context = build_context(stage_config(name, config, path), world, products)
+    code = Trainer(context, run, STAGES[name].build, name).fit()
+    world.barrier()
+    if code == 0 and world.is_main:
+        _drop_checkpoints(path)
+    return code
+
+
+def _drop_checkpoints(path: Path) -> None:
+    """A finished stage is not gone on with: what it left are weights and tables."""
+    shutil.rmtree(path / "checkpoints", ignore_errors=True)

@@ -1,0 +1,283 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nldist.config import load_config
+from nldist.data.stream import Stream
+from nldist.dist.world import World
+from nldist.methods.base import Pass
+from nldist.methods.scanmix import ScanMix
+from nldist.models import Classifier, build_model
+from nldist.models.two_heads import TwoHeads
+from nldist.pretext.mine import GRAPH_FILE
+from nldist.pretext.scan import Scan, ValidationPass
+from nldist.stages import stage_config
+from nldist.train import build_context
+from tests.conftest import REPOSITORY
+from tests.ranks import run_ranks
+
+State = dict[str, Tensor]
+SETTINGS = ("method.name=scanmix", "train.epochs=6", "train.batch_size=32", "method.dividemix.warmup_epochs=2")
+
+
+@pytest.fixture(scope="module")
+def products(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A graph and weights as the stages before leave them: random ones."""
+    root = tmp_path_factory.mktemp("products")
+    rng = np.random.default_rng(0)
+    graph = np.stack([rng.choice(np.delete(np.arange(1437), i), 10, replace=False) for i in range(1437)])
+    for stage in ("mine", "cluster", "pretext"):
+        (root / stage / "tables").mkdir(parents=True)
+        (root / stage / "weights").mkdir()
+    np.save(root / "mine" / "tables" / GRAPH_FILE, graph.astype(np.int32))
+    torch.manual_seed(5)
+    state = build_model("small_cnn", 10).state_dict()
+    torch.save({"networks": [state]}, root / "cluster" / "weights" / "best.pt")
+    torch.save({"networks": [state]}, root / "pretext" / "weights" / "last.pt")
+    return {stage: root / stage for stage in ("mine", "cluster", "pretext")}
+
+
+def build(digits: Path, products: dict[str, Path], *overrides: str, world: World | None = None) -> ScanMix:
+    config = load_config(REPOSITORY / "tests" / "digits.yaml", (f"data.root={digits}", *SETTINGS, *overrides))
+    method = ScanMix(build_context(config, world or World.single(), products))
+    method.start()
+    return method
+
+
+def run(method: Any, task: Pass, num_steps: int | None = None) -> dict[str, Any]:
+    plan = task.plan()
+    task.start(plan.num_steps, 0)
+    for step, batch in enumerate(Stream(method.context.train, method.context.labels, plan)):
+        if step == num_steps:
+            break
+        task.step(batch, step)
+    return task.finish()
+
+
+def network(method: ScanMix, number: int = 0) -> TwoHeads:
+    model = method.engines[number].model
+    assert isinstance(model, TwoHeads)
+    return model
+
+
+def copies(state: State) -> State:
+    return {name: value.clone() for name, value in state.items()}
+
+
+def changed(before: State, after: State) -> set[str]:
+    """Which parts of a network are not as before: backbone, statistics, head, cluster_head."""
+    parts = set()
+    for name, value in before.items():
+        if not torch.equal(value, after[name]):
+            statistics = "running" in name or "num_batches" in name
+            parts.add("statistics" if statistics else name.removeprefix("classifier.").partition(".")[0])
+    return parts
+
+
+def test_both_networks_and_all_heads_begin_from_the_clustering(digits: Path, products: dict[str, Path]) -> None:
+    method = build(digits, products)
+    state = torch.load(products["cluster"] / "weights" / "best.pt", weights_only=True)["networks"][0]
+    for number in (0, 1):
+        assert all(
+            torch.equal(value, state[name]) for name, value in network(method, number).classifier.state_dict().items()
+        )
+        assert torch.equal(network(method, number).cluster_head.weight, state["head.weight"])
+
+
+def phase_changes(world: World, digits: Path, products: dict[str, Path]) -> dict[str, set[str]]:
+    """What each kind of pass changes in the network that it trains."""
+    method = build(digits, products, world=world)
+    found = {}
+    passes = {
+        "warmup": method._warmup(0)[0],
+        "sweep": method._divide(2)[0],
+        "ssl": method._divide(2)[1],
+        "cluster": method._divide(2)[3],
+    }
+    for name, task in passes.items():
+        before = copies(network(method).state_dict())
+        run(method, task, None if name == "sweep" else 3)
+        found[name] = changed(before, network(method).state_dict())
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_each_phase_trains_its_part_of_the_network(size: int, digits: Path, products: dict[str, Path]) -> None:
+    """Algorithms 3.b C and D4: a head that is idle keeps still, weight decay and momentum included."""
+    for found in run_ranks(phase_changes, size, digits, products):
+        assert found["warmup"] == {"head", "statistics"}
+        assert found["sweep"] == set()
+        assert found["ssl"] == {"backbone", "head", "statistics"}
+        assert found["cluster"] == {"backbone", "cluster_head", "statistics"}
+
+
+def test_one_clustering_step_against_the_equation(digits: Path, products: dict[str, Path]) -> None:
+    """Algorithms 3.b B and D4 (our own reference of the loss and of the descent)."""
+    method = build(digits, products, "optim.momentum=0", "optim.weight_decay=0", "method.scanmix.lambda_e=3")
+    method.noise_rate = 0.9
+    rng = np.random.default_rng(0)
+    for number in (0, 1):
+        method.context.table[f"predicted{number}"][:] = rng.integers(10, size=1437)
+    task = method._divide(2)[3]
+    plan = task.plan()
+    task.start(plan.num_steps, 0)
+    batch = next(iter(Stream(method.context.train, method.context.labels, plan)))
+    anchors, partners = batch["anchors"], batch["neighbours"]
+    other = method.context.table["predicted1"]
+    graph = np.load(products["mine"] / "tables" / GRAPH_FILE)
+    for anchor, partner in zip(anchors.ids.tolist(), partners.ids.tolist(), strict=True):
+        valid = [j for j in (anchor, *graph[anchor]) if other[j] == other[anchor]]
+        assert partner in valid, "by the other network's predictions"
+
+    view = method.context.strong_view
+    images = [method.context.view(b, 2, 64 + n, view) for n, b in enumerate((anchors, partners))]
+    model = network(method)
+    logits = model.cluster_head(model.classifier.features(torch.cat(images)))
+    p_a, p_n = logits.softmax(1).chunk(2)
+    mean = p_a.mean(0)
+    loss = -(p_a * p_n).sum(1).log().mean() + 3 * (mean * mean.log()).sum()
+    parameters = [*model.classifier.backbone.parameters(), *model.cluster_head.parameters()]
+    gradients = torch.autograd.grad(loss, parameters)
+    before = [p.detach().clone() for p in parameters]
+    metrics = task.step(batch, 0)
+    torch.testing.assert_close(metrics["loss"], loss.detach(), rtol=1e-4, atol=1e-5)
+    for old, new, gradient in zip(before, parameters, gradients, strict=True):
+        torch.testing.assert_close(new.detach(), old - 1e-3 * gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("share", "high"), [(0.5, False), (0.3, True)])
+def test_the_estimated_noise_rate_switches_views_and_rate(
+    share: float, high: bool, digits: Path, products: dict[str, Path]
+) -> None:
+    method = build(digits, products)
+    assert method.swept({"labelled_share0": share - 0.05, "labelled_share1": share + 0.05}) == {
+        "noise_rate": pytest.approx(1 - share)
+    }
+    method.swept({"labelled_share0": 1.0, "labelled_share1": 1.0})
+    assert method.noise_rate == pytest.approx(1 - share), "estimated once"
+    context = method.context
+    expected = context.strong_view if high else context.train_view
+    assert method.ssl_view is expected
+    assert method.cluster_view is expected
+    assert method.warmup_view is context.strong_view
+    rates = []
+    task = method._divide(2)[3]
+    task.engine.step = lambda loss, rate: rates.append(rate)  # type: ignore[attr-defined]
+    run(method, task, 1)
+    assert rates == [1e-3 if high else 1e-5]
+
+
+def test_the_sweep_estimates_the_noise_rate(digits: Path, products: dict[str, Path]) -> None:
+    method = build(digits, products)
+    metrics = run(method, method._divide(2)[0])
+    shares = [(method.context.table[f"clean{n}"] > 0.5).mean() for n in (0, 1)]
+    assert metrics["noise_rate"] == pytest.approx(1 - np.mean(shares))
+    again = build(digits, products)
+    again.load_state_dict(method.state_dict())
+    assert again.noise_rate == method.noise_rate
+
+
+def test_clustering_passes_can_be_rarer_fewer_or_none(digits: Path, products: dict[str, Path]) -> None:
+    def names(epoch: int, *overrides: str) -> list[str]:
+        return [task.name for task in build(digits, products, *overrides)._divide(epoch)]
+
+    whole = ["sweep", "net0", "net1", "cluster0", "cluster1"]
+    assert names(2) == names(3) == whole
+    assert names(2, "method.scanmix.cluster_every=2") == whole
+    assert names(3, "method.scanmix.cluster_every=2") == whole[:3]
+    assert names(3, "method.scanmix.cluster_every=null") == whole[:3]
+    method = build(digits, products, "method.scanmix.anchors=100")
+    method.noise_rate = 0.5
+    plans = [method._divide(epoch)[3].plan() for epoch in (2, 3)]
+    seen = [{int(i) for k in range(plan.num_steps) for i in plan.step(k)["anchors"].ids} for plan in plans]
+    assert [len(ids) for ids in seen] == [100, 100]
+    assert seen[0] != seen[1]
+
+
+def test_the_weights_are_those_of_plain_classifiers(digits: Path, products: dict[str, Path]) -> None:
+    method = build(digits, products)
+    plain = build_model("small_cnn", 10)
+    plain.load_state_dict(method.weights()[0])
+    images = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(2 * plain.eval()(images), method.logits(images))
+
+
+# SCAN
+
+
+def build_scan(digits: Path, products: dict[str, Path], *overrides: str, world: World | None = None) -> Scan:
+    config = load_config(REPOSITORY / "tests" / "digits.yaml", (f"data.root={digits}", *SETTINGS, *overrides))
+    context = build_context(stage_config("cluster", config, config.run.dir), world or World.single(), products)
+    method = Scan(context)
+    method.start()
+    return method
+
+
+def test_scan_trains_on_all_but_what_it_keeps_apart(digits: Path, products: dict[str, Path]) -> None:
+    method = build_scan(digits, products, "cluster.holdout=0.1")
+    plan = method.phases()[0].passes(0)[0].plan()
+    anchors = {int(i) for k in range(plan.num_steps) for i in plan.step(k)["anchors"].ids}
+    kept = ValidationPass(method).plan()
+    validated = {int(i) for k in range(kept.num_steps) for i in kept.step(k)["anchors"].ids}
+    assert len(validated) == 144
+    assert anchors | validated == set(range(1437))
+    assert not anchors & validated
+
+
+def validation(world: World, digits: Path, products: dict[str, Path]) -> dict[str, Any]:
+    method = build_scan(digits, products, "cluster.num_heads=3", world=world)
+    return run(method, ValidationPass(method)) | {"best_head": method.best_head}
+
+
+def test_the_validation_score_is_that_of_the_best_head_on_any_number_of_ranks(
+    digits: Path, products: dict[str, Path]
+) -> None:
+    method = build_scan(digits, products, "cluster.num_heads=3")
+    graph = np.load(products["mine"] / "tables" / GRAPH_FILE)
+    pixels = {int(i): x for i, x in all_images(method)}
+    with torch.no_grad():
+        log_p = {i: method.all_logits(x[None])[0].double().log_softmax(1) for i, x in pixels.items()}
+    scores = []
+    for head in range(3):
+        pairs = [(log_p[a][head] + log_p[int(n)][head]).logsumexp(0) for a in method.kept_apart for n in graph[a][:5]]
+        mean = torch.stack([log_p[int(a)][head].exp() for a in method.kept_apart]).mean(0)
+        scores.append(float(torch.stack(pairs).mean() - (mean * mean.log()).sum()))
+    for size in (1, 2, 3):
+        for result in run_ranks(validation, size, digits, products):
+            assert result["validation_score"] == pytest.approx(max(scores), abs=1e-4)
+            assert result["best_head"] == int(np.argmax(scores))
+
+
+def all_images(method: Scan) -> list[tuple[int, Tensor]]:
+    plan = method.context.sweep(1437)
+    found: list[tuple[int, Tensor]] = []
+    for batches in Stream(method.context.train, None, plan):
+        batch = batches["all"]
+        found += zip(batch.ids.tolist(), method.context.fixed_view(batch), strict=True)
+    return found
+
+
+def test_the_result_is_a_classifier_with_the_chosen_head(digits: Path, products: dict[str, Path]) -> None:
+    method = build_scan(digits, products, "cluster.num_heads=4")
+    method.best_head = 2
+    plain: Classifier = build_model("small_cnn", 10)
+    plain.load_state_dict(method.weights()[0])
+    images = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(images), method.logits(images))
+    again = build_scan(digits, products, "cluster.num_heads=4")
+    again.load_state_dict(method.state_dict())
+    assert again.best_head == 2
+
+
+def test_scan_with_a_frozen_backbone_trains_the_head_alone(digits: Path, products: dict[str, Path]) -> None:
+    method = build_scan(digits, products, "cluster.head_only=true")
+    before = copies(method.engines[0].model.state_dict())
+    run(method, method.phases()[0].passes(0)[0], 3)
+    after = method.engines[0].model.state_dict()
+    assert changed(before, after) == {"heads", "statistics"}

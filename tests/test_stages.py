@@ -1,0 +1,161 @@
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nldist.config import load_config
+from nldist.stages import stage_directories
+from tests.conftest import REPOSITORY
+from tests.jobs import output, run_job
+from tests.test_train import assert_same_weights, epoch_records
+
+SHORT = (
+    "method.name=scanmix",
+    "train.epochs=3",
+    "method.dividemix.warmup_epochs=1",
+    "train.checkpoint_every_steps=5",
+    "train.eval_batch_size=128",
+)
+STAGES = ("pretext", "mine", "cluster")
+
+
+def job(digits: Path, run_dir: Path, *overrides: str, **options: object) -> list[int | None]:
+    return run_job(run_dir, f"data.root={digits}", *SHORT, *overrides, **options)  # type: ignore[arg-type]
+
+
+def stage(run_dir: Path, name: str) -> Path:
+    (path,) = (run_dir / "stages").glob(f"{name}-*")
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert job(digits, run_dir, world_size=2) == [0, 0]
+    return run_dir
+
+
+def test_one_command_runs_all_stages_and_each_leaves_its_product(undisturbed: Path) -> None:
+    for name in STAGES:
+        summary = json.loads((stage(undisturbed, name) / "summary.json").read_text())
+        assert summary["stage"] == name
+        assert not (stage(undisturbed, name) / "checkpoints").exists()
+    graph = np.load(stage(undisturbed, "mine") / "tables" / "neighbours.npy")
+    assert graph.shape == (1437, 10)
+    assert (graph != np.arange(1437)[:, None]).all()
+    purity = json.loads((stage(undisturbed, "mine") / "summary.json").read_text())["purity"]
+    labels = load_labels(undisturbed)
+    assert purity["final"] == pytest.approx(100 * (labels[graph] == labels[:, None]).mean())
+    assert (stage(undisturbed, "mine") / "plots" / "purity.png").exists()
+    assert (stage(undisturbed, "pretext") / "plots" / "knn_accuracy.png").exists()
+    assert json.loads((undisturbed / "summary.json").read_text())["method"] == "scanmix"
+
+
+def load_labels(run_dir: Path) -> np.ndarray:
+    from nldist.data.index import Index
+
+    config = load_config(run_dir / "config.yaml")
+    return Index.open(config.data.root, "train").labels(config.data.label_set)
+
+
+def test_killed_in_every_stage_ends_with_the_same_weights(digits: Path, undisturbed: Path, tmp_path: Path) -> None:
+    random.seed(3)
+    run_dir = tmp_path / "run"
+    codes: list[int | None] = []
+    num_kills = 0
+    while codes != [0, 0]:
+        victim = random.randrange(2)
+        codes = job(digits, run_dir, world_size=2, kill=(victim, random.randint(6, 22)))
+        num_kills += codes != [0, 0]
+        assert codes in ([0, 0], [-9, 1], [1, -9]), "the other rank must end, not wait"
+    text = output(run_dir)
+    assert num_kills > 8
+    for name in STAGES:
+        assert f"{name}: done before" in text
+        assert epoch_records(stage(run_dir, name)) == epoch_records(stage(undisturbed, name))
+    one, other = (stage(run, "mine") / "tables" / "neighbours.npy" for run in (run_dir, undisturbed))
+    assert one.read_bytes() == other.read_bytes()
+    assert_same_weights(stage(undisturbed, "pretext"), stage(run_dir, "pretext"))
+    assert_same_weights(undisturbed, run_dir)
+    assert epoch_records(run_dir) == epoch_records(undisturbed)
+
+
+def test_a_stopped_stage_saves_and_its_last_epoch_goes_on_with_other_ranks(digits: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert job(digits, run_dir, "train.checkpoint_every_steps=0", world_size=2, stop=(1, 20)) == [143, 143]
+    assert "stopped at" in output(run_dir)
+    assert job(digits, run_dir, "train.epochs=2", world_size=3) == [0, 0, 0]
+    assert "with 3 rank(s), written by 2" in output(run_dir)
+
+
+def test_the_graph_does_not_depend_on_the_number_of_ranks(digits: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """From the same pretext weights."""
+    run_dir, name = tmp_path / "run", stage(undisturbed, "pretext").name
+    (run_dir / "stages").mkdir(parents=True)
+    (run_dir / "stages" / name).symlink_to(stage(undisturbed, "pretext"))
+    run_stages(digits, run_dir, "mine", world_size=3)
+    one, other = (np.load(stage(run, "mine") / "tables" / "neighbours.npy") for run in (run_dir, undisturbed))
+    # Features are the network's in another batch: the last bits differ, and so may neighbours that are nearly tied.
+    assert (one == other).mean() > 0.999
+
+
+def run_stages(digits: Path, run_dir: Path, stages: str, *overrides: str, world_size: int = 1) -> None:
+    assert job(digits, run_dir, *overrides, "--stages", stages, world_size=world_size) == [0] * world_size
+
+
+def test_stages_one_by_one_pick_up_each_other_s_products(digits: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert job(digits, run_dir, "--stages", "cluster") == [2]
+    assert "stage pretext is not done" in output(run_dir)
+    for name in (*STAGES, "train"):
+        assert job(digits, run_dir, "--stages", name, world_size=2) == [0, 0]
+    assert_same_weights(undisturbed, run_dir)
+    assert job(digits, run_dir, "--stages", "mining") == [2]
+    assert "no stage 'mining'; its stages are pretext, mine, cluster, train" in output(run_dir)
+
+
+def test_a_stage_is_run_again_exactly_when_its_inputs_change(digits: Path) -> None:
+    def directories(*overrides: str, images: str = "same") -> dict[str, Path]:
+        config = load_config(REPOSITORY / "tests" / "digits.yaml", [f"data.root={digits}", *SHORT, *overrides])
+        return stage_directories(config, images)
+
+    before = directories()
+    assert list(before) == list(STAGES)
+    for override, rerun in {
+        "train.epochs=4": set(),
+        "data.label_set=clean": set(),
+        "data.num_workers=2": set(),
+        "method.scanmix.lambda_e=1": set(),
+        "cluster.epochs=3": {"cluster"},
+        "mine.k=5": {"mine", "cluster"},
+        "pretext.temperature=0.3": set(STAGES),
+        "run.seed=1": set(STAGES),
+        "model.name=resnet18_cifar": set(STAGES),
+    }.items():
+        after = directories(override)
+        assert {name for name in STAGES if after[name] != before[name]} == rerun, override
+    assert not set(directories(images="other").values()) & set(before.values())
+
+
+def test_runs_share_stages_and_other_labels_do_not_matter(digits: Path, undisturbed: Path, tmp_path: Path) -> None:
+    shared = f"run.stages_dir={undisturbed / 'stages'}"
+    assert job(digits, tmp_path / "run", shared, "data.label_set=clean", "train.epochs=1", world_size=2) == [0, 0]
+    assert output(tmp_path / "run").count("done before") == 3
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_without_pretext_epochs_the_backbone_stays_as_it_came(digits: Path, tmp_path: Path) -> None:
+    from nldist.models import build_model
+
+    torch.manual_seed(11)
+    given = build_model("small_cnn", 10)
+    torch.save(given.state_dict(), tmp_path / "given.pt")
+    run_dir = tmp_path / "run"
+    settings = ("pretext.epochs=0", f"model.pretrained={tmp_path / 'given.pt'}", "mine.layer=backbone")
+    run_stages(digits, run_dir, "pretext,mine", *settings)
+    state = torch.load(stage(run_dir, "pretext") / "weights" / "last.pt", weights_only=True)["networks"][0]
+    for name, value in given.backbone.state_dict().items():
+        assert torch.equal(state[f"backbone.{name}"], value)
