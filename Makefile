@@ -20,14 +20,15 @@ TRAIN := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(
 
 demo: setup
 	$(BIN)/python tools/shard.py digits $(DEMO)/data --name digits
-	$(BIN)/python tools/noise.py $(DEMO)/data --model symmetric --rate 0.5 --seed 0 --name sym50
+	$(BIN)/python tools/noise.py $(DEMO)/data --model symmetric --rate 0.8 --seed 0 --name sym80
 	OMP_NUM_THREADS=1 $(TRAIN) method.name=cross_entropy run.dir=$(DEMO)/cross_entropy
 	OMP_NUM_THREADS=1 $(TRAIN) method.name=dividemix run.dir=$(DEMO)/dividemix
-	@echo; echo "Digits, half of the labels made wrong, $(RANKS) ranks:"; echo
-	@$(BIN)/nldist compare $(DEMO)/cross_entropy $(DEMO)/dividemix --json $(DEMO)/table.json
-	@echo; echo "Plots:"; ls $(DEMO)/*/plots/*.png
-	@echo; echo "Which labels are wrong: $(DEMO)/dividemix/tables/samples.parquet"
-	@echo "To look at both runs:   $(BIN)/mlflow ui --backend-store-uri sqlite:///$(DEMO)/mlflow.db"
+	OMP_NUM_THREADS=1 $(TRAIN) method.name=scanmix run.dir=$(DEMO)/scanmix
+	@echo; echo "Digits, 80 % of the labels drawn at random, $(RANKS) ranks:"; echo
+	@$(BIN)/nldist compare $(DEMO)/cross_entropy $(DEMO)/dividemix $(DEMO)/scanmix --json $(DEMO)/table.json
+	@echo; echo "Plots:"; ls $(DEMO)/*/plots/*.png $(DEMO)/stages/*/plots/*.png
+	@echo; echo "Which labels are wrong: $(DEMO)/scanmix/tables/samples.parquet"
+	@echo "To look at all runs:    $(BIN)/mlflow ui --backend-store-uri sqlite:///$(DEMO)/mlflow.db"
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

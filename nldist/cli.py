@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from nldist.config import load_config
+from nldist.config_file import load_config
 from nldist.errors import UserError, main_guard
 
 

@@ -1,15 +1,13 @@
-"""The typed configuration of a run: one class per part, every field documented; loading, includes, overrides."""
+"""The typed configuration of a run: one class per part, every field documented. `nldist.config_file` reads it."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from nldist.data.views import ViewOp
-from nldist.errors import UserError
 
 
 class Section(BaseModel):
@@ -282,107 +280,6 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The resolved configuration as YAML that `load_config` reads back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML configuration with its includes, then apply `section.key=value` overrides.
-
-    `include: [FILE, ...]` (relative to the file that says it) is merged first, in order; the file itself wins.
-
-    Raises:
-        UserError: a missing file, broken YAML, an unknown key (with the nearest right one) or a wrong value.
-    """
-    values = _read(Path(path), ())
-    for override in overrides:
-        _apply(values, override)
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}") from None
-
-
-def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in parents:
-        raise UserError(f"{path} includes itself, by way of {' -> '.join(p.name for p in parents)}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"configuration {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold sections such as 'data:' and 'train:', not {type(values).__name__}")
-    merged: dict[str, Any] = {}
-    includes = values.pop("include", [])
-    includes = [includes] if isinstance(includes, str) else includes
-    if not isinstance(includes, list) or not all(isinstance(include, str) for include in includes):
-        raise UserError(f"{path}: include must be a list of files, not {includes!r}")
-    for include in includes:
-        merged = _merge(merged, _read(path.parent / include, (*parents, path.resolve())))
-    return _merge(merged, values)
-
-
-def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise UserError(f"override '{override}' must look like train.epochs=10")
-    *sections, key = dotted.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise UserError(f"override '{override}': {section} is a value, not a section")
-    try:
-        values[key] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        values[key] = text
-
-
-def _explain(error: ValidationError) -> str:
-    """The first problem as one line."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"{where} is not a setting{_nearest(first['loc'])}"
-    if first["type"] == "missing":
-        return f"{where} is missing; set it in the file or as {where}=..."
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{where}={first['input']!r}: {message}" if where else message
-
-
-def _nearest(location: tuple[int | str, ...]) -> str:
-    model: Any = Config
-    prefix = []
-    for part in location[:-1]:
-        field = getattr(model, "model_fields", {}).get(part)
-        if field is None:
-            break
-        prefix.append(str(part))
-        model = next((t for t in (field.annotation, *get_args(field.annotation)) if hasattr(t, "model_fields")), None)
-    wrong, everywhere = str(location[-1]), _all_settings()
-    here = [".".join([*prefix, name]) for name in getattr(model, "model_fields", {})]
-    for candidates in (here, everywhere):
-        by_name = {dotted.rpartition(".")[2]: dotted for dotted in reversed(candidates)}
-        if close := difflib.get_close_matches(wrong, by_name, n=1, cutoff=0.6):
-            return f"; did you mean {by_name[close[0]]}?"
-    return f"; the settings here are {', '.join(here)}" if here else ""
-
-
-def _all_settings(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    names = []
-    for name, field in model.model_fields.items():
-        names.append(prefix + name)
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel) and get_origin(kind) is None:
-                names += _all_settings(kind, f"{prefix}{name}.")
-    return names
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -10,7 +10,8 @@ from nldist.data.plan import sweep
 from nldist.data.stream import Batch
 from nldist.dist.world import World
 from nldist.methods import build_method
-from nldist.methods.base import Context, Method
+from nldist.methods.base import Method
+from nldist.methods.context import Context
 from nldist.run import RunDirectory
 from nldist.stages import MAIN, STAGES, stage_config, stage_directories
 from nldist.train import build_context, check_size

@@ -14,7 +14,8 @@ from nldist.data.index import Index
 from nldist.dist.table import SampleTable
 from nldist.dist.world import World
 from nldist.errors import UserError
-from nldist.methods.base import Context, EvaluationPass
+from nldist.methods.base import EvaluationPass
+from nldist.methods.context import Context
 from nldist.progress import Watch
 from nldist.run import RunDirectory, ensemble, write_text
 

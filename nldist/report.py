@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nldist import plots
-from nldist.methods.base import Context, Curves, Split
+from nldist.methods.base import Curves, Split
+from nldist.methods.context import Context
 from nldist.progress import clock
 
 LAST_EPOCHS = 10  # "last" of the field's tables: the mean of these (algorithms 0.3)

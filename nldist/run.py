@@ -10,7 +10,8 @@ from typing import Any, TextIO
 import torch
 import yaml
 
-from nldist.config import Config, flatten, load_config
+from nldist.config import Config, flatten
+from nldist.config_file import load_config
 from nldist.dist.checkpoint import load_file, save_file
 from nldist.errors import UserError
 from nldist.models import Classifier, build_model

@@ -16,7 +16,8 @@ from pathlib import Path
 from nldist.config import ClusterSection, Config, PretextSection
 from nldist.dist.world import World
 from nldist.errors import UserError
-from nldist.methods.base import Context, Method
+from nldist.methods.base import Method
+from nldist.methods.context import Context
 from nldist.pretext.mine import Mine
 from nldist.pretext.moco import MoCo
 from nldist.pretext.scan import Scan

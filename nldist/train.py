@@ -20,7 +20,8 @@ from nldist.dist.table import SampleTable
 from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.methods import build_method
-from nldist.methods.base import Context, Method, Pass, Phase
+from nldist.methods.base import Method, Pass, Phase
+from nldist.methods.context import Context
 from nldist.progress import Meter, Watch, peak_memory_gib
 from nldist.run import RunDirectory
 from nldist.track import NullTracker, Status, Tracker

@@ -5,7 +5,7 @@ import pytest
 import torch
 import yaml
 
-from nldist.config import load_config
+from nldist.config_file import load_config
 from nldist.data.views import View
 from nldist.errors import UserError
 from nldist.models.build import model_names
@@ -62,7 +62,8 @@ def test_the_views_of_every_run_make_square_images_of_one_size(path: Path) -> No
     images = torch.zeros(2, 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
     shapes = {
         View(ops, config.data.mean, config.data.std)(images, sizes, torch.arange(2), (0, 0, 0)).shape
-        for ops in (config.views.train, config.views.eval)
+        for ops in (config.views.train, config.views.eval, config.views.strong)
+        if ops is not None
     }
     assert len(shapes) == 1
     assert len(set(shapes.pop()[2:])) == 1
@@ -80,6 +81,60 @@ def test_every_fragment_is_included_by_a_run() -> None:
         return files.union(*map(included, files))
 
     assert set(FRAGMENTS) <= set[Path]().union(*map(included, RUNS))
+
+
+@pytest.mark.parametrize("path", [path for path in RUNS if "scanmix" in path.stem], ids=name)
+def test_the_views_of_the_stages_make_square_images_of_one_size(path: Path) -> None:
+    config = load_config(path)
+    assert config.pretext is not None
+    assert config.cluster is not None
+    sizes = torch.tensor([[32, 32]] * 2 if config.model.name == "resnet18_cifar" else [[300, 260], [240, 400]])
+    images = torch.zeros(2, 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
+    for ops in (config.pretext.view, config.cluster.view):
+        shape = View(ops, config.data.mean, config.data.std)(images, sizes, torch.arange(2), (0, 0, 0)).shape
+        assert shape[2] == shape[3] in (32, 224)
+
+
+# ScanMix, 4.2 and the authors' code; lambda_u: DivideMix's table, which the paper refers to (algorithms 3.c).
+@pytest.mark.parametrize(
+    ("run", "lambda_u", "warmup", "penalty", "history"),
+    [
+        ("cifar10/scanmix-sym20", 0, 10, False, 1),
+        ("cifar10/scanmix-sym50", 25, 10, False, 1),
+        ("cifar10/scanmix-sym80", 25, 10, False, 1),
+        ("cifar10/scanmix-sym90", 50, 10, False, 5),
+        ("cifar10/scanmix-asym40", 0, 10, True, 1),
+        ("cifar10/scanmix-asym49", 0, 10, True, 1),
+        ("cifar10/scanmix-semantic", 0, 10, True, 1),
+        ("cifar100/scanmix-sym20", 25, 30, False, 1),
+        ("cifar100/scanmix-sym50", 150, 30, False, 1),
+        ("cifar100/scanmix-sym80", 150, 30, False, 1),
+        ("cifar100/scanmix-sym90", 150, 30, False, 5),
+    ],
+)
+def test_published_values_of_scanmix_on_cifar(
+    run: str, lambda_u: float, warmup: int, penalty: bool, history: int
+) -> None:
+    config = load_config(CONFIGS / f"{run}.yaml")
+    divide, scan = config.method.dividemix, config.method.scanmix
+    assert (divide.lambda_u, divide.warmup_epochs, divide.warmup_penalty) == (lambda_u, warmup, penalty)
+    assert (config.method.mixture.history, divide.tau, divide.alpha) == (history, 0.5, 4)
+    assert (scan.lambda_e, scan.batch_size, scan.lr_low, scan.lr_high) == (5, 128, 1e-5, 1e-3)
+    assert (scan.noise_threshold, scan.warmup_view, scan.ssl_view) == (0.6, "strong", "by_noise")
+    assert config.mine.k == 20
+    assert config.pretext is not None
+    assert config.cluster is not None
+    assert (config.pretext.name, config.pretext.epochs, config.pretext.batch_size) == ("simclr", 500, 512)
+    assert (config.pretext.optim.lr, config.pretext.optim.min_lr, config.pretext.temperature) == (0.4, 4e-4, 0.1)
+    expected = (50, 128) if run.startswith("cifar10/") else (100, 1024)
+    assert (config.cluster.epochs, config.cluster.batch_size) == expected
+    assert (config.cluster.optim.name, config.cluster.optim.lr, config.cluster.lambda_e) == ("adam", 1e-4, 5)
+
+
+def test_scanmix_without_a_section_says_which(small: Path) -> None:
+    said = complaint(small, "method.name=scanmix")
+    assert "needs pretext" in said
+    assert "configs/method/scanmix.yaml" in said
 
 
 # DivideMix, appendix table: lambda_u; 4.1: tau, warm-up; 3.1: the penalty; history: authors' code.

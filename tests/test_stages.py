@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nldist.config import load_config
+from nldist.config_file import load_config
 from nldist.stages import stage_directories
 from tests.conftest import REPOSITORY
 from tests.jobs import output, run_job

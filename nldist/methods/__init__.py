@@ -1,6 +1,7 @@
 """The methods, by name."""
 
-from nldist.methods.base import Context, Method
+from nldist.methods.base import Method
+from nldist.methods.context import Context
 from nldist.methods.cross_entropy import CrossEntropy
 from nldist.methods.dividemix import DivideMix
 from nldist.methods.mixup import Mixup

@@ -24,18 +24,8 @@ from nldist.losses import (
     sharpen,
     soft_cross_entropy,
 )
-from nldist.methods.base import (
-    Batches,
-    Context,
-    EnginePass,
-    Method,
-    Metrics,
-    Pass,
-    Phase,
-    Split,
-    SupervisedPass,
-    one_hot,
-)
+from nldist.methods.base import Batches, EnginePass, Method, Metrics, Pass, Phase, Split, SupervisedPass, one_hot
+from nldist.methods.context import Context
 from nldist.methods.cross_entropy import cross_entropy
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from nldist.dist.checkpoint import load_file
 from nldist.dist.engine import Engine
 from nldist.estimate.graph import GraphFile, neighbours_of, normalise, open_graph, purity
 from nldist.estimate.neighbours import ShardedIndex
-from nldist.methods.base import Batches, Context, Curves, Method, Metrics, Pass, Phase
+from nldist.methods.base import Batches, Curves, Method, Metrics, Pass, Phase
+from nldist.methods.context import Context
 from nldist.models import Classifier
 from nldist.pretext.projection import PretextModel
 

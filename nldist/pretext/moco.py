@@ -11,7 +11,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nldist.dist.engine import average_buffers
 from nldist.errors import UserError
-from nldist.methods.base import Batches, Context, Metrics, Pass
+from nldist.methods.base import Batches, Metrics, Pass
+from nldist.methods.context import Context
 from nldist.pretext.base import Pretext, PretextPass
 from nldist.pretext.gather import Exchange, gather_rows, global_mean, row_counts
 

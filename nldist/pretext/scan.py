@@ -16,7 +16,8 @@ from nldist.data.views import View
 from nldist.dist.checkpoint import load_file
 from nldist.dist.engine import Engine, learning_rate
 from nldist.losses import agreement, mean_negative_entropy
-from nldist.methods.base import Batches, Context, EnginePass, EvaluationPass, Method, Metrics, Pass, Phase
+from nldist.methods.base import Batches, EnginePass, EvaluationPass, Method, Metrics, Pass, Phase
+from nldist.methods.context import Context
 from nldist.models import Classifier
 from nldist.models.two_heads import ClusterHeads
 from nldist.pretext.mine import GRAPH_FILE

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nldist.config import load_config
+from nldist.config_file import load_config
 from nldist.data.stream import Stream
 from nldist.dist.world import World
 from nldist.methods.base import Pass

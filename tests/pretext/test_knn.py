@@ -8,7 +8,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from nldist.dist.world import World
-from nldist.methods.base import Context, Pass
+from nldist.methods.base import Pass
+from nldist.methods.context import Context
 from nldist.pretext.knn import knn_passes, vote
 from nldist.train import build_context
 from tests.pretext.make import stage
