@@ -260,7 +260,7 @@ def test_an_unknown_key_gets_the_nearest_right_one(small: Path, override: str, n
 
 def test_a_key_that_is_near_none_gets_the_list(small: Path) -> None:
     text = complaint(small, "optim.learning_rate=0.1")
-    assert "optim.learning_rate is not a setting; the settings here are optim.lr, optim.momentum" in text
+    assert "optim.learning_rate is not a setting; the settings here are optim.name, optim.lr" in text
     assert str(small) in text
 
 
