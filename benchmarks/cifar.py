@@ -1,11 +1,13 @@
-"""Cross-entropy against DivideMix on 5,000 real CIFAR-10 images, on a CPU, through the commands that users type.
+"""The methods on real CIFAR-10 images, on a CPU, through the commands that users type.
 
-    python benchmarks/cifar.py sym50     # half of the labels drawn at random
-    python benchmarks/cifar.py worst     # CIFAR-10N "worst": real human labels, 40 % wrong
+    python benchmarks/cifar.py sym50     # 5,000 images, half of the labels drawn at random: DivideMix, cross-entropy
+    python benchmarks/cifar.py worst     # 5,000 images, CIFAR-10N "worst": real human labels, 40 % wrong
+    python benchmarks/cifar.py sym80     # 10,000 images, 80 % drawn at random: ScanMix, its ablation, DivideMix
 
 Needs `cifar10_images.tar.gz` (train/CLASS/NNNN.jpg, test/CLASS/NNNN.jpg) and, for worst, `cifar10n_labels.csv`
-in the directory given by --source. Every test image is used. Both methods get the same network, views, learning
-rate, schedule and number of epochs (benchmarks/cifar5k.yaml). Leaves benchmarks/results/cifar-LABELS-DATE.json.
+in the directory given by --source. Every test image is used. All methods get the same network, learning rate, schedule
+and number of epochs (benchmarks/cifar5k.yaml, cifar10k.yaml); the ablation is ScanMix without its clustering passes:
+DivideMix begun from pretext and clustering. Leaves benchmarks/results/cifar-LABELS-DATE.json.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import sys
 import tarfile
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import record
@@ -24,44 +27,76 @@ import record
 from nldist.errors import UserError, main_guard
 from nldist.progress import clock
 
-METHODS = ("cross_entropy", "dividemix")
+ABLATION = "scanmix_without_clustering"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One comparison: how many images, which configuration, which runs with which settings; the last should win."""
+
+    num_train: int
+    config: str
+    runs: dict[str, list[str]]
+
+
+_FIRST = Setting(
+    5000, "cifar5k", {"cross_entropy": ["method.name=cross_entropy"], "dividemix": ["method.name=dividemix"]}
+)
+SETTINGS = {
+    "sym50": _FIRST,
+    "worst": _FIRST,
+    "sym80": Setting(
+        10_000,
+        "cifar10k",
+        {
+            "dividemix": ["method.name=dividemix"],
+            ABLATION: ["method.name=scanmix", "method.scanmix.cluster_every=null"],
+            "scanmix": ["method.name=scanmix"],
+        },
+    ),
+}
 
 
 @main_guard
 def main() -> None:
-    """Prepare the data, train both methods, print and record the table."""
+    """Prepare the data, train the methods, print and record the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("labels", choices=("sym50", "worst"))
+    parser.add_argument("labels", choices=tuple(SETTINGS))
     parser.add_argument("--source", type=Path, default=Path("../shared/data/cifar10"))
-    parser.add_argument("--work", type=Path, default=Path("runs/cifar5k"))
-    parser.add_argument("--num-train", type=int, default=5000)
+    parser.add_argument("--work", type=Path, default=Path("runs"))
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for both methods")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all methods")
     options = parser.parse_intermixed_args()
+    setting = SETTINGS[options.labels]
+    options.work = options.work / setting.config
     began = time.perf_counter()
-    prepare(options)
-    runs = [train(method, options) for method in METHODS]
-    rows_file = options.work / f"table-{options.labels}.json"
-    run_python("-m", "nldist.cli", "compare", *map(str, runs), "--json", str(rows_file))
+    prepare(options, setting.num_train)
+    runs = {name: train(name, setting, options) for name in setting.runs}
     seconds = time.perf_counter() - began
-    rows = json.loads(rows_file.read_text())
-    gain = rows[1]["last"] - rows[0]["last"]
-    print(f"DivideMix's last is {gain:+.2f} points from cross-entropy's; all in {clock(seconds)}")
-    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
-    results = {"labels": options.labels, "seconds_in_all": seconds, "gain_in_last": gain, "runs": summaries}
+    run_python("-m", "nldist.cli", "compare", *map(str, runs.values()))
+    summaries = {name: json.loads((run / "summary.json").read_text()) for name, run in runs.items()}
+    *others, best = setting.runs
+    gains = {name: summaries[best]["accuracy"]["last"] - summaries[name]["accuracy"]["last"] for name in others}
+    for name, gain in gains.items():
+        print(f"{best}: last {gain:+.2f} points from {name}'s")
+    print(f"all in {clock(seconds)}")
+    results = {"labels": options.labels, "seconds_in_all": seconds, "gain_in_last": gains, "runs": summaries}
     print(f"recorded in {record.write(f'cifar-{options.labels}', ['torch', 'torchvision', 'webdataset'], results)}")
 
 
-def prepare(options: argparse.Namespace) -> None:
+def prepare(options: argparse.Namespace, num_train: int) -> None:
     """Unpack, shard and label; steps that are done already cost seconds."""
     raw, data = options.work / "raw", options.work / "data"
     if not raw.exists():
-        unpack(options.source / "cifar10_images.tar.gz", raw, options.num_train)
+        unpack(options.source / "cifar10_images.tar.gz", raw, num_train)
     for split in ("train", "test"):
-        run_python("tools/shard.py", "folder", str(raw / split), str(data), "--split", split, "--name", "cifar10-5k")
+        run_python(
+            "tools/shard.py", "folder", str(raw / split), str(data), "--split", split, "--name", options.work.name
+        )
     noise = ["tools/noise.py", str(data), "--name"]
-    if options.labels == "sym50":
-        run_python(*noise, "sym50", "--model", "symmetric", "--rate", "0.5", "--seed", "0")
+    if options.labels != "worst":
+        rate = int(options.labels.removeprefix("sym")) / 100
+        run_python(*noise, options.labels, "--model", "symmetric", "--rate", str(rate), "--seed", "0")
         return
     table = ["--csv", str(options.source / "cifar10n_labels.csv"), "--path-column", "path", "--label-column"]
     for name in ("clean", "worst"):
@@ -92,13 +127,13 @@ def unpack(archive: Path, target: Path, num_train: int) -> None:
     os.replace(aside, target)
 
 
-def train(method: str, options: argparse.Namespace) -> Path:
+def train(name: str, setting: Setting, options: argparse.Namespace) -> Path:
     """One run on local ranks; its run directory."""
-    run_dir: Path = options.work / options.labels / method
+    run_dir: Path = options.work / options.labels / name
     ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
-    settings = [f"method.name={method}", f"run.dir={run_dir}", f"data.root={options.work / 'data'}"]
-    settings += [f"data.label_set={options.labels}", *options.overrides]
-    run_python(*ranks, "-m", "nldist.cli", "train", "benchmarks/cifar5k.yaml", *settings)
+    settings = [f"run.dir={run_dir}", f"run.stages_dir={options.work / 'stages'}", f"data.root={options.work / 'data'}"]
+    settings += [f"data.label_set={options.labels}", *setting.runs[name], *options.overrides]
+    run_python(*ranks, "-m", "nldist.cli", "train", f"benchmarks/{setting.config}.yaml", *settings)
     return run_dir
 
 
