@@ -29,6 +29,20 @@ def test_dry_run_says_what_would_happen(digits: Path, capsys: pytest.CaptureFixt
     assert "activations of 128 images" in text
 
 
+def test_dry_run_tells_of_every_stage(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [f"data.root={digits}", f"run.dir={tmp_path}/run", "method.name=scanmix", "--world-size", "2"]
+    assert main(["dry-run", DIGITS, *arguments]) == 0
+    text = capsys.readouterr().out
+    stages = [line.split()[1] for line in text.splitlines() if line.startswith("stage ")]
+    assert stages == ["pretext", "mine", "cluster", "train"]
+    assert "net0: 6 steps of 128 all images per rank" in text  # ceil(1437 / (128 * 2))
+    assert "search: 8 steps of 100 queries" in text
+    # 5 % kept apart: ceil(1365 / (64 * 2))
+    assert "cluster0: at most 11 steps of 64 anchors + 64 neighbours images per rank" in text
+    assert f"{4 * 16} bytes per sample" in text, "features while mining"
+    assert not (tmp_path / "run").exists()
+
+
 def test_dry_run_measures_what_the_backward_pass_keeps(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def activations(*overrides: str) -> int:
         main(["dry-run", DIGITS, f"data.root={digits}", *overrides])

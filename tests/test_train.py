@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from nldist.models import build_model
 from tests.conftest import run_tool
 from tests.jobs import output, run_job
 
@@ -179,6 +180,33 @@ def test_a_finished_run_is_not_trained_again(undisturbed: Path, digits: Path) ->
     assert run_job(undisturbed, f"data.root={digits}", *SHORT, world_size=2) == [0, 0]
     assert "nothing to do" in output(undisturbed)
     assert (undisturbed / "weights" / "last.pt").read_bytes() == before
+
+
+def test_semantic_noise_is_what_the_run_predicts(undisturbed: Path, digits: Path, tmp_path: Path) -> None:
+    """Against a plain loop over the shards, with a stock webdataset reader (our own reference)."""
+    import webdataset
+
+    from nldist.data.index import Index
+
+    data = tmp_path / "digits"
+    shutil.copytree(digits, data)
+    told = run_tool("tools/noise.py", data, "--model", "semantic", "--run", undisturbed, "--name", "semantic").stdout
+    networks = []
+    for state in weights(undisturbed):
+        networks.append(build_model("small_cnn", 10))
+        networks[-1].load_state_dict(state)
+        networks[-1].eval()
+    index = Index.open(data, "train")
+    predicted = []
+    for image, _ in webdataset.WebDataset(index.shards, shardshuffle=False).decode("torchrgb8").to_tuple("png", "cls"):
+        with torch.no_grad():
+            logits = sum(network((image[None] / 255 - 0.305) / 0.376) for network in networks)
+        predicted.append(int(logits.argmax()))  # type: ignore[union-attr]
+    labels = index.labels("semantic")
+    assert (labels == predicted).mean() > 0.999
+    wrong = int((labels != index.labels("clean")).sum())
+    assert 0 < wrong < 1437
+    assert f"semantic: {wrong} of 1437 labels" in told
 
 
 @pytest.mark.parametrize("method", ["cross_entropy", "mixup"])

@@ -34,10 +34,12 @@ def train(world: World, options: dict[str, object], num_batches: int) -> list[np
     return [p.detach().numpy() for p in engine.model.parameters()]
 
 
-def reference(num_groups: int, clip: float | None) -> list[np.ndarray]:
+def reference(num_groups: int, clip: float | None, adam: bool) -> list[np.ndarray]:
     """Plain torch on one process over whole batches."""
     model = network()
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    sgd: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    if adam:
+        sgd = torch.optim.Adam(model.parameters(), lr=0.1, weight_decay=5e-4)
     for images, targets in zip(IMAGES.chunk(num_groups), TARGETS.chunk(num_groups), strict=True):
         sgd.zero_grad()
         (model(images) - targets).square().mean().backward()
@@ -50,13 +52,13 @@ def reference(num_groups: int, clip: float | None) -> list[np.ndarray]:
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize(
     ("options", "num_batches", "num_groups"),
-    [({}, 2, 2), ({"clip_norm": 0.1}, 2, 2), ({"accumulate": 2}, 4, 2), ({"accumulate": 3}, 2, 1)],
+    [({}, 2, 2), ({"clip_norm": 0.1}, 2, 2), ({"accumulate": 2}, 4, 2), ({"accumulate": 3}, 2, 1), ({"name": "adam"}, 2, 2)],
 )
 def test_ranks_batches_and_accumulation_give_the_gradient_of_the_whole(
     size: int, options: dict[str, object], num_batches: int, num_groups: int
 ) -> None:
     clip = options.get("clip_norm")
-    expected = reference(num_groups, clip)  # type: ignore[arg-type]
+    expected = reference(num_groups, clip, "name" in options)  # type: ignore[arg-type]
     for parameters in run_ranks(train, size, options, num_batches):
         for got, want in zip(parameters, expected, strict=True):
             np.testing.assert_allclose(got, want, atol=1e-6)
