@@ -262,7 +262,7 @@ def test_noise_command_starts_from_the_clean_label_set(dataset: Path) -> None:
         (["--model", "symmetric", "--rate", "1.5", "--name", "x"], "--rate in [0, 1], not 1.5"),
         (["--model", "symmetric", "--name", "x"], "--rate in [0, 1], not None"),
         (["--model", "gaussian", "--rate", "0.5", "--name", "x"], "unknown noise model 'gaussian'"),
-        (["--model", "semantic", "--rate", "0.5", "--name", "x"], "of a trained --run RUN as labels"),
+        (["--model", "semantic", "--rate", "0.5", "--name", "x"], "from a trained --run RUN; give no --rate"),
         (["--model", "semantic", "--run", "absent", "--name", "x"], "absent is not a run directory"),
         (["--model", "symmetric", "--run", "absent", "--rate", "0.5", "--name", "x"], "--run is for --model semantic"),
         (["--model", "asymmetric", "--rate", "0.5", "--name", "x"], "not for these 4 classes"),
