@@ -103,9 +103,9 @@ def loss_histogram(run_dir: Path, context: Context, epoch: int, name: str, split
 
 
 def score_curve(run_dir: Path, name: str, scores: list[float]) -> Path | None:
-    """Plot the score of every epoch that has one; None where none has."""
+    """Plot the score of every epoch that has one; None where fewer than two have."""
     points = [(epoch, score) for epoch, score in enumerate(scores, start=1) if not math.isnan(score)]
-    if not points:
+    if len(points) < 2:
         return None
     epochs, values = zip(*points, strict=True)
     label = name.replace("_", " ")

@@ -1,4 +1,5 @@
 import json
+import math
 import random
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from nldist import report
 from nldist.config_file import load_config
 from nldist.stages import stage_directories
 from tests.conftest import REPOSITORY
@@ -52,6 +54,12 @@ def test_one_command_runs_all_stages_and_each_leaves_its_product(undisturbed: Pa
     assert (stage(undisturbed, "mine") / "plots" / "purity.png").exists()
     assert (stage(undisturbed, "pretext") / "plots" / "knn_accuracy.png").exists()
     assert json.loads((undisturbed / "summary.json").read_text())["method"] == "scanmix"
+
+
+def test_a_score_measured_once_is_no_curve(tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    assert report.score_curve(tmp_path, "purity", [math.nan, 12.5]) is None, "it would replace the curve over k"
+    assert report.score_curve(tmp_path, "purity", [math.nan, 12.5, 13.0]) is not None
 
 
 def load_labels(run_dir: Path) -> np.ndarray:
