@@ -183,7 +183,7 @@ def main() -> None:
         command.add_argument("--dim", type=int, default=128)
         command.add_argument("--k", type=int, default=21)
         command.add_argument("--num-ranks", type=int, default=2)
-    commands.choices["exact"].add_argument("--num-queries", type=int, default=50_000)
+    commands.choices["exact"].add_argument("--num-queries", type=int, default=200_000)
     commands.choices["exact"].add_argument("--num-repeats", type=int, default=5)
     commands.choices["ivf"].add_argument("--factory", default="IVF4096,Flat")
     commands.choices["ivf"].add_argument("--num-probe", type=int, default=16)
