@@ -19,7 +19,7 @@ import torch.distributed as dist
 from nldist.data.index import owned
 from nldist.dist.world import World
 from nldist.errors import UserError
-from nldist.estimate.shard import MAX_K, Shard, lengths
+from nldist.estimate.shard import MAX_K, Shard, lengths, settle_faiss
 
 FORMAT_VERSION = 1
 
@@ -52,7 +52,7 @@ class ShardedIndex:
         self.owned, self.num_vectors = range(start, start + len(vectors)), int(counts.sum())
         self._world, self._facts, self._trained = world, facts, trained
         self._device = world.device if faiss.get_num_gpus() else torch.device("cpu")
-        faiss.omp_set_num_threads(torch.get_num_threads())
+        settle_faiss()
         try:
             index = None if trained is None else faiss.deserialize_index(trained)
             self._shard = Shard(_tensor(vectors).to(self._device), index)
@@ -77,7 +77,7 @@ class ShardedIndex:
                 vectors; `num_probe` is set for an index without inverted lists.
         """
         _refuse(vectors, world, "vectors")
-        faiss.omp_set_num_threads(torch.get_num_threads())
+        settle_faiss()
         index = _empty_index(vectors.shape[1], factory, num_probe)
         trained = None if factory == "Flat" else _train(index, vectors, world, factory, seed)
         return cls(vectors, world, {"factory": factory, "num_probe": num_probe}, trained)

@@ -118,6 +118,17 @@ class Shard:
         return scores, rows
 
 
+def settle_faiss() -> None:
+    """Fit FAISS, whose settings are those of a process, to a rank that shares its node with others."""
+    num_threads = torch.get_num_threads()
+    faiss.omp_set_num_threads(num_threads)
+    # Scores of this many queries with 1,024 vectors are computed at a time: by default 16 MiB, which do not fit a
+    # cache that several ranks share.
+    faiss.cvar.distance_compute_blas_query_bs = min(4096, 1024 * num_threads)
+    # Below 128,000 / d queries FAISS would scan the vectors for each by itself: up to seven times slower.
+    faiss.cvar.distance_compute_blas_threshold = 20
+
+
 def dots(queries: Tensor, vectors: Tensor) -> Tensor:
     """Inner products (b, c) float64 of float32 queries (b, d) with a list of float32 vectors each, (b, c, d).
 
