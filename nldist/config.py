@@ -116,6 +116,23 @@ class MixtureSection(Section):
     history: int = Field(1, ge=1, description="epochs of normalised losses averaged (reference: 5 at 90 % noise)")
 
 
+class PretextOptim(OptimSection):
+    """The optimiser of stage pretext; SimCLR's values."""
+
+    lr: float = Field(0.4, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    schedule: Literal["step", "cosine"] = "cosine"
+    min_lr: float = Field(0.0, ge=0)
+
+
+class ClusterOptim(OptimSection):
+    """The optimiser of stage cluster; SCAN's values."""
+
+    name: Literal["sgd", "adam"] = "adam"
+    lr: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+
+
 class PretextSection(Section):
     """Stage pretext: self-supervised training of the backbone (algorithms 3.b A)."""
 
@@ -123,7 +140,7 @@ class PretextSection(Section):
     epochs: int = Field(500, ge=0, description="0 = keep the backbone of model.pretrained")
     batch_size: int = Field(512, ge=4, description="images per step and rank, two views of each")
     view: list[ViewOp] = Field(description="random view, drawn twice for each image")
-    optim: OptimSection = OptimSection(lr=0.4, weight_decay=1e-4, schedule="cosine", min_lr=4e-4)
+    optim: PretextOptim = PretextOptim()
     dim: int = Field(128, ge=2, description="features of the projector")
     temperature: float = Field(0.1, gt=0)
     momentum: float = Field(0.999, ge=0, lt=1, description="of MoCo's momentum encoder, per step")
@@ -149,7 +166,7 @@ class ClusterSection(Section):
     epochs: int = Field(50, ge=1)
     batch_size: int = Field(128, ge=2, description="anchors per step and rank, one neighbour of each")
     view: list[ViewOp] = Field(description="random view of anchors and neighbours")
-    optim: OptimSection = OptimSection(name="adam", lr=1e-4, weight_decay=1e-4)
+    optim: ClusterOptim = ClusterOptim()
     lambda_e: float = Field(5.0, ge=0, description="weight of the entropy of the mean prediction")
     num_heads: int = Field(1, ge=1, description="clusterings learnt side by side; the best of them is taken")
     head_only: bool = Field(False, description="keep the backbone as it is")
@@ -269,7 +286,7 @@ class Config(Section):
             ("views.strong", self.views.strong),
         ):
             if value is None:
-                raise ValueError(f"method.name=scanmix needs {name}; include configs/method/scanmix.yaml")
+                raise ValueError(f"method.name=scanmix needs {name}; see configs/clothing1m/scanmix.yaml")
         if self.method.dividemix.subset is not None:
             raise ValueError("method.dividemix.subset is not for scanmix, which looks at every image; set it to null")
 

@@ -134,7 +134,7 @@ def test_published_values_of_scanmix_on_cifar(
 def test_scanmix_without_a_section_says_which(small: Path) -> None:
     said = complaint(small, "method.name=scanmix")
     assert "needs pretext" in said
-    assert "configs/method/scanmix.yaml" in said
+    assert "configs/clothing1m/scanmix.yaml" in said
 
 
 # DivideMix, appendix table: lambda_u; 4.1: tau, warm-up; 3.1: the penalty; history: authors' code.

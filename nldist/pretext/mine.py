@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from nldist.data.plan import Part, Plan
@@ -29,9 +28,9 @@ class Mine(Method):
     def __init__(self, context: Context) -> None:
         self.settings = context.config.mine
         super().__init__(context)
-        with torch.no_grad():
-            probe = torch.zeros(1, 3, 32, 32, device=context.world.device)
-            dim = self.features(probe).shape[1]
+        network = self.engines[0].model
+        assert isinstance(network, PretextModel)
+        dim = network.dim if self.settings.layer == "projector" else network.num_features
         context.table.add("features", np.float32, (dim,))
 
     def build_engines(self) -> list[Engine]:

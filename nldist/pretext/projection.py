@@ -17,6 +17,7 @@ class PretextModel(nn.Module):
     def __init__(self, backbone: nn.Module, num_features: int, dim: int) -> None:
         super().__init__()
         self.backbone = backbone
+        self.num_features, self.dim = num_features, dim
         self.projector = nn.Sequential(
             nn.Linear(num_features, num_features), nn.ReLU(inplace=True), nn.Linear(num_features, dim)
         )
