@@ -287,6 +287,16 @@ class Config(Section):
         ):
             if value is None:
                 raise ValueError(f"method.name=scanmix needs {name}; see configs/clothing1m/scanmix.yaml")
+        assert self.pretext is not None
+        if self.pretext.epochs == 0 and self.model.pretrained is None:
+            raise ValueError("pretext.epochs=0 keeps the backbone of model.pretrained; set that, or train the pretext")
+        if self.pretext.epochs == 0 and self.mine.layer == "projector":
+            raise ValueError("pretext.epochs=0 leaves the projector untrained; set mine.layer=backbone")
+        if self.method.dividemix.warmup_epochs == 0:
+            raise ValueError(
+                "method.name=scanmix needs method.dividemix.warmup_epochs of 1 or more: until then the outputs are "
+                "clusters, not classes"
+            )
         if self.method.dividemix.subset is not None:
             raise ValueError("method.dividemix.subset is not for scanmix, which looks at every image; set it to null")
 

@@ -9,8 +9,8 @@ from nldist.config import Config
 from nldist.data.plan import sweep
 from nldist.data.stream import Batch
 from nldist.dist.world import World
-from nldist.methods import build_method
-from nldist.methods.base import Method
+from nldist.methods.base import Method, Phase
+from nldist.methods.build import build_method
 from nldist.methods.context import Context
 from nldist.run import RunDirectory
 from nldist.stages import MAIN, STAGES, stage_config, stage_directories
@@ -40,6 +40,7 @@ def dry_run(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _method_lines(context: Context, method: Method, world_size: int) -> Iterator[str]:
+    method.check(world_size)
     yield from _phase_lines(context, method, world_size)
     yield from _memory_lines(context, method, world_size)
 
@@ -66,10 +67,7 @@ def _probe(context: Context, split: str) -> Batch:
 
 
 def _phase_lines(context: Context, method: Method, world_size: int) -> Iterator[str]:
-    epoch = 0
-    for phase in method.phases():
-        if not phase.num_epochs:
-            continue
+    for phase, epoch in _phases(method):
         yield f"phase       {phase.name}: {phase.num_epochs} epochs on {world_size} rank(s), each of"
         for task in phase.passes(epoch):
             first = next(iter(task.batch.values()))
@@ -77,20 +75,29 @@ def _phase_lines(context: Context, method: Method, world_size: int) -> Iterator[
             bound = "at most " if len(task.batch) > 1 else ""
             roles = " + ".join(f"{size} {role}" for role, size in task.batch.items())
             yield f"              {task.name}: {bound}{steps:,} steps of {roles} images per rank"
+
+
+def _phases(method: Method) -> Iterator[tuple[Phase, int]]:
+    """The phases that the run has, each with its first epoch: the one with all its kinds of passes."""
+    epoch = 0
+    for phase in method.phases():
+        if phase.num_epochs:
+            yield phase, epoch
         epoch += phase.num_epochs
 
 
 def _memory_lines(context: Context, method: Method, world_size: int) -> Iterator[str]:
     engine = method.engines[0]
     num_parameters = sum(p.numel() for p in engine.model.parameters())
-    # weights, gradients and momentum in float32
-    fixed = len(method.engines) * 3 * 4 * num_parameters
-    num_rows = max((task.num_rows for phase in method.phases() for task in phase.passes(0)), default=0)
+    # Weights, gradients and SGD's momentum or Adam's two moments, in float32.
+    num_copies = 4 if context.config.optim.name == "adam" else 3
+    fixed = len(method.engines) * num_copies * 4 * num_parameters + method.extra_bytes
+    num_rows = max((task.num_rows for phase, epoch in _phases(method) for task in phase.passes(epoch)), default=0)
     activations = _activation_bytes(context, engine.model) * num_rows
     name, num_networks = context.config.model.name, len(method.engines)
     yield f"model       {name}: {num_parameters / 1e6:.2f} M parameters, {num_networks} network(s)"
     yield (
-        f"memory      per rank about {_mib(fixed)} weights, gradients and momentum + "
+        f"memory      per rank about {_mib(fixed)} weights, gradients and optimiser + "
         f"{_mib(activations)} activations of {num_rows} images"
     )
     num_workers = context.config.data.num_workers

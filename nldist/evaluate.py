@@ -108,6 +108,8 @@ def compare(run_dirs: list[Path]) -> list[dict[str, Any]]:
         summary = RunDirectory(run_dir).summary
         if summary is None:
             raise UserError(f"{run_dir} has no summary.json: it is no run, or has not ended")
+        if summary["stage"] != "train":
+            raise UserError(f"{run_dir} holds the stage {summary['stage']} of a run, which predicts no classes")
         rows.append(
             {
                 "method": summary["method"],

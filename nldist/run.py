@@ -38,11 +38,11 @@ class RunDirectory:
         self.path = path
         self._lock: TextIO | None = None
 
-    def claim(self, config: Config | None) -> None:
+    def claim(self, config: Config | None, advice: str = "set another run.dir") -> None:
         """Make the directory this job's, with this configuration (None: whatever it is). For rank 0.
 
         Raises:
-            UserError: another job is using it, or it holds a run with other settings.
+            UserError: another job is using it (with `advice`), or it holds a run with other settings.
         """
         try:
             for name in ("checkpoints", "weights", "tables", "plots"):
@@ -54,9 +54,15 @@ class RunDirectory:
             # Not flock, which forked data workers would inherit and keep when their rank is killed.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{self.path} is in use by a running job; set another run.dir") from None
+            raise UserError(f"{self.path} is in use by a running job; {advice}") from None
         if config is not None:
             self._check_same(config)
+
+    def release(self) -> None:
+        """Leave the directory to other jobs."""
+        assert self._lock is not None
+        self._lock.close()
+        self._lock = None
 
     def write_config(self, config: Config) -> None:
         """Write config.yaml, once all of it has proved usable."""
@@ -109,12 +115,14 @@ class RunDirectory:
         """The networks of weights/WHICH.pt in eval mode.
 
         Raises:
-            UserError: the run has no such weights, or they are for other classes.
+            UserError: the run has no such weights, or they are for other classes, or of a stage before the training.
         """
         file = self.path / "weights" / f"{which}.pt"
         if not file.exists():
             raise UserError(f"{self.path} has no weights/{which}.pt yet: no epoch has ended")
         saved = load_file(file)
+        if saved["stage"] != "train":
+            raise UserError(f"{self.path} holds the stage {saved['stage']} of a run, which predicts no classes")
         if saved["classes"] != classes:
             raise UserError(f"{file} is for other classes (or another order of them) than {config.data.root} has")
         networks = []

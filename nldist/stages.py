@@ -1,8 +1,9 @@
 """Stages that chain: pretext -> mine -> cluster -> train, each a run of its own that takes over what came before.
 
 A stage before the training keeps its run directory in RUN/stages/NAME-DIGEST/ (or below run.stages_dir, for several
-runs to share). The digest names all that decides about its outcome: its settings, the images, and the digests of the
-stages that it builds on. So a stage whose inputs have changed is another stage, and no finished one is lost.
+runs to share). The digest names what decides about its outcome: its settings, the images, and the digests of the stages
+that it builds on. So a stage whose inputs have changed is another stage, and no finished one is lost. The number of
+ranks is not in it: what a finished stage left is used on any number.
 """
 
 import hashlib
@@ -18,25 +19,19 @@ from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.methods.base import Method
 from nldist.methods.context import Context
+from nldist.models.pretrained import weights_digest
 from nldist.pretext.mine import Mine
 from nldist.pretext.moco import MoCo
 from nldist.pretext.scan import Scan
 from nldist.pretext.simclr import SimCLR
 from nldist.run import RunDirectory
-from nldist.train import Trainer, build_context
+from nldist.train import Trainer, build_context, fingerprint_of
 
 MAIN = "train"
-# Beginnings of the names of settings that decide about every stage.
-_SHARED = (
-    "run.seed",
-    "model.",
-    "data.mean",
-    "data.std",
-    "data.max_side",
-    "data.window",
-    "views.eval",
-    "train.autocast",
-)
+_VERSION = 1  # of what stages compute: to be raised when the same settings come to mean something else
+# Beginnings of the names of settings that decide about every stage, and of those that only measure or divide the work.
+_SHARED = ("run.seed", "model.", "data.mean", "data.std", "data.max_side", "data.window", "train.autocast")
+_FREE = ("pretext.knn_", "mine.block")
 
 
 @dataclass(frozen=True)
@@ -80,8 +75,8 @@ def _build_pretext(context: Context) -> Method:
 
 STAGES = {
     "pretext": Stage(("pretext.",), (), _derive_pretext, _build_pretext),
-    "mine": Stage(("mine.",), ("pretext",), lambda config: config, Mine),
-    "cluster": Stage(("cluster.",), ("pretext", "mine"), _derive_cluster, Scan),
+    "mine": Stage(("mine.", "views.eval"), ("pretext",), lambda config: config, Mine),
+    "cluster": Stage(("cluster.", "views.eval"), ("pretext", "mine"), _derive_cluster, Scan),
 }
 CHAINS: dict[str, tuple[str, ...]] = {"scanmix": ("pretext", "mine", "cluster")}
 
@@ -110,14 +105,14 @@ def train(config: Config, only: Sequence[str] | None = None) -> int:
 def _run_chain(config: Config, world: World, run: RunDirectory, chain: Sequence[str], wanted: Sequence[str]) -> int:
     products: dict[str, Path] = {}
     if len(chain) > 1:
-        products = stage_directories(config, build_context(config, world).fingerprint(labels=False))
+        images = fingerprint_of(build_context(config, world), labels=False)
+        products = world.broadcast_object(stage_directories(config, images))
     for name, path in products.items():
-        if RunDirectory(path).summary is not None:
-            if world.is_main:
-                _drop_checkpoints(path)
-                print(f"{name}: done before, {path}", flush=True)
-        elif name in wanted:
-            if code := _run_stage(name, config, world, path, products):
+        stage = RunDirectory(path)
+        if _is_done(name, stage, world, claim=name in wanted):
+            continue
+        if name in wanted:
+            if code := _run_stage(name, config, world, stage, products):
                 return code
         elif set(wanted) & set(chain[chain.index(name) :]):
             raise UserError(f"stage {name} is not done in {path}; run it first: nldist train ... --stages {name}")
@@ -130,12 +125,15 @@ def stage_directories(config: Config, images: str) -> dict[str, Path]:
     `images` is the fingerprint of the training images.
     """
     root = config.run.stages_dir or config.run.dir / "stages"
-    settings, digests = config.flat(), dict[str, str]()
+    settings = {key: value for key, value in config.flat().items() if not key.startswith(_FREE)}
+    if config.model.pretrained is not None:
+        settings["model.pretrained"] = weights_digest(config.model.pretrained)
+    digests: dict[str, str] = {}
     directories = {}
     for name in CHAINS.get(config.method.name, ()):
         stage = STAGES[name]
         chosen = {key: value for key, value in settings.items() if key.startswith((*_SHARED, *stage.settings))}
-        inputs = [chosen, images, [digests[need] for need in stage.needs]]
+        inputs = [_VERSION, chosen, images, [digests[need] for need in stage.needs]]
         digests[name] = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:10]
         directories[name] = root / f"{name}-{digests[name]}"
     return directories
@@ -150,20 +148,31 @@ def stage_config(name: str, config: Config, path: Path) -> Config:
     return STAGES[name].derive(config).model_copy(update={"run": run, "track": track})
 
 
-def _run_stage(name: str, config: Config, world: World, path: Path, products: dict[str, Path]) -> int:
-    """Run one stage to its end; returns the exit code."""
-    run = RunDirectory(path)
+def _is_done(name: str, run: RunDirectory, world: World, *, claim: bool) -> bool:
+    """Whether a stage has ended; with `claim` one that has not is this job's from now on. A collective.
+
+    Rank 0 decides, and looks again once the directory is its own: a job beside this one may have ended the stage.
+    """
+    done = False
     if world.is_main:
-        run.claim(None)
-    world.barrier()
-    context = build_context(stage_config(name, config, path), world, products)
+        done = run.summary is not None
+        if claim and not done:
+            run.claim(None, f"another job is running stage {name} there; start this one again when it is done")
+            done = run.summary is not None
+            if done:
+                run.release()
+        if done:
+            print(f"{name}: done before, {run.path}", flush=True)
+    return world.broadcast_object(done)
+
+
+def _run_stage(name: str, config: Config, world: World, run: RunDirectory, products: dict[str, Path]) -> int:
+    """Run one stage, whose directory is this job's, to its end; returns the exit code."""
+    context = build_context(stage_config(name, config, run.path), world, products)
     code = Trainer(context, run, STAGES[name].build, name).fit()
     world.barrier()
-    if code == 0 and world.is_main:
-        _drop_checkpoints(path)
+    if world.is_main:
+        if code == 0:  # a finished stage is not gone on with: what it left are weights and tables
+            shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+        run.release()
     return code
-
-
-def _drop_checkpoints(path: Path) -> None:
-    """A finished stage is not gone on with: what it left are weights and tables."""
-    shutil.rmtree(path / "checkpoints", ignore_errors=True)

@@ -19,8 +19,8 @@ from nldist.dist.engine import learning_rate
 from nldist.dist.table import SampleTable
 from nldist.dist.world import World
 from nldist.errors import UserError
-from nldist.methods import build_method
 from nldist.methods.base import Method, Pass, Phase
+from nldist.methods.build import build_method
 from nldist.methods.context import Context
 from nldist.progress import Meter, Watch, peak_memory_gib
 from nldist.run import RunDirectory
@@ -44,6 +44,14 @@ def build_context(config: Config, world: World, products: Mapping[str, Path] | N
     return Context(config, world, index, evaluation, labels, clean, table, directory, products or {})
 
 
+def fingerprint_of(context: Context, labels: bool) -> str:
+    """The data's fingerprint, after checking that every node's copy has the same. A collective."""
+    fingerprint = context.fingerprint(labels=labels)
+    if context.world.broadcast_object(fingerprint) != fingerprint:
+        raise UserError(f"{context.config.data.root} on {socket.gethostname()} is not the data set that rank 0 sees")
+    return fingerprint
+
+
 def check_size(num_samples: int, world_size: int) -> None:
     """Refuse (UserError) more ranks than there are pairs of training samples."""
     if num_samples < 2 * world_size:
@@ -63,8 +71,9 @@ class Trainer:
         self.context, self.run, self.stage = context, run, stage
         self.config, self.world = context.config, context.world
         self.method = build(context)
+        self.method.check(self.world.size)
         self.num_epochs = sum(phase.num_epochs for phase in self.method.phases())
-        keep, fingerprint = self.config.train.keep_checkpoints, self._common_fingerprint()
+        keep, fingerprint = self.config.train.keep_checkpoints, fingerprint_of(context, self.method.uses_labels)
         self.checkpoints = Checkpoints(run.path / "checkpoints", self.world, keep, fingerprint)
         self.position = Position()
         # What the checkpoint keeps of the run's history.
@@ -100,13 +109,6 @@ class Trainer:
             self.method.load_rank_state_dict(rank["method"])
             self.meter, self._bad_before = Meter(rank["meter"]), rank["num_bad"]
         self._say(f"resumed from {path.name} with {self.world.size} rank(s), written by {shared['world_size']}")
-
-    def _common_fingerprint(self) -> str:
-        """The data's fingerprint, after checking that every node's copy has the same."""
-        fingerprint = self.context.fingerprint(labels=self.method.uses_labels)
-        if self.world.broadcast_object(fingerprint) != fingerprint:
-            raise UserError(f"{self.config.data.root} on {socket.gethostname()} is not the data set that rank 0 sees")
-        return fingerprint
 
     def _open_tracker(self) -> Tracker:
         if not self.world.is_main:
@@ -168,7 +170,7 @@ class Trainer:
         stream = self._stream = self.context.stream(task.split, plan, start)
         watch = Watch(f"{title} {task.name}", plan.num_steps, start, self.config.track.every_seconds)
         for step, batches in enumerate(stream, start=start):
-            if task.trains and not len(next(iter(batches.values()))):
+            if task.trains and not task.usable(batches):
                 raise UserError(f"step {step} of {task.name} has no readable image: {stream.first_bad}")
             self._seed(step)
             self.meter.add(task.step(batches, step))
@@ -252,6 +254,7 @@ class Trainer:
     def _save_weights(self, num_epochs: int, score: float) -> None:
         weights = self.method.weights()
         facts = {
+            "stage": self.stage,
             "model": self.config.model.name,
             "classes": self.context.train.classes,
             "epoch": num_epochs,
@@ -269,7 +272,11 @@ class Trainer:
         """Before anything is saved: a run must not go on from what has diverged."""
         for name, value in self.meter.means().items():
             if not math.isfinite(value):
-                raise UserError(f"{name} has become {value}: lower optim.lr or set optim.clip_norm, in another run.dir")
+                # A stage with other settings is in another directory anyhow.
+                optim, where = f"{self.stage}.optim", ""
+                if self.stage == "train":
+                    optim, where = "optim", ", in another run.dir"
+                raise UserError(f"{name} has become {value}: lower {optim}.lr or set {optim}.clip_norm{where}")
 
     def _save(self, position: Position) -> None:
         self._check_finite()

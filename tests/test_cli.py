@@ -47,7 +47,7 @@ def test_dry_run_measures_what_the_backward_pass_keeps(digits: Path, capsys: pyt
     def activations(*overrides: str) -> int:
         main(["dry-run", DIGITS, f"data.root={digits}", *overrides])
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory")]
-        return int(line.split("momentum + ")[1].split(" MiB")[0].replace(",", ""))
+        return int(line.split("optimiser + ")[1].split(" MiB")[0].replace(",", ""))
 
     small, large = activations("train.batch_size=256"), activations("train.batch_size=512")
     assert small > 0
@@ -85,6 +85,7 @@ def test_compare_prints_and_writes_the_rows(tmp_path: Path, capsys: pytest.Captu
     for method, auc in (("cross_entropy", None), ("dividemix", 0.987)):
         (tmp_path / method).mkdir()
         summary = {
+            "stage": "train",
             "method": method,
             "accuracy": {"best": 98.5, "last": 97.25, "final": 97.0},
             "split": {"auc": auc} if auc else None,

@@ -9,6 +9,7 @@ from nldist.config_file import load_config
 from nldist.data.views import View
 from nldist.errors import UserError
 from nldist.models.build import model_names
+from tests.conftest import REPOSITORY
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FRAGMENTS = sorted(path for folder in ("data", "method") for path in (CONFIGS / folder).glob("*.yaml"))
@@ -303,6 +304,19 @@ def test_names_may_look_like_numbers(small: Path) -> None:
 )
 def test_a_wrong_value_is_named_with_what_is_right(small: Path, override: str, words: str) -> None:
     assert words in complaint(small, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["method.dividemix.warmup_epochs=0"], "needs method.dividemix.warmup_epochs of 1 or more"),
+        (["pretext.epochs=0"], "keeps the backbone of model.pretrained; set that"),
+        (["pretext.epochs=0", "model.pretrained=a.pt", "mine.layer=projector"], "set mine.layer=backbone"),
+    ],
+)
+def test_what_scanmix_cannot_do_is_refused(overrides: list[str], words: str) -> None:
+    settings = ["data.root=x", "method.name=scanmix"]
+    assert words in complaint(REPOSITORY / "tests" / "digits.yaml", *settings, *overrides)
 
 
 @pytest.mark.parametrize(

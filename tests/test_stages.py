@@ -8,8 +8,13 @@ import pytest
 import torch
 
 from nldist import report
+from nldist.cli import main
 from nldist.config_file import load_config
-from nldist.stages import stage_directories
+from nldist.dist.world import World
+from nldist.errors import UserError
+from nldist.run import RunDirectory
+from nldist.stages import _is_done, stage_directories
+from nldist.train import build_context
 from tests.conftest import REPOSITORY
 from tests.jobs import output, run_job
 from tests.test_train import assert_same_weights, epoch_records
@@ -137,6 +142,9 @@ def test_a_stage_is_run_again_exactly_when_its_inputs_change(digits: Path) -> No
         "data.label_set=clean": set(),
         "data.num_workers=2": set(),
         "method.scanmix.lambda_e=1": set(),
+        "mine.block=7": set(),
+        "pretext.knn_every=3": set(),
+        "views.eval=[{op: center_crop, size: 7}]": {"mine", "cluster"},
         "cluster.epochs=3": {"cluster"},
         "mine.k=5": {"mine", "cluster"},
         "pretext.temperature=0.3": set(STAGES),
@@ -146,6 +154,61 @@ def test_a_stage_is_run_again_exactly_when_its_inputs_change(digits: Path) -> No
         after = directories(override)
         assert {name for name in STAGES if after[name] != before[name]} == rerun, override
     assert not set(directories(images="other").values()) & set(before.values())
+
+
+def test_pretrained_weights_count_by_their_content(digits: Path, tmp_path: Path) -> None:
+    def directories(name: str, content: bytes) -> list[Path]:
+        (tmp_path / name).write_bytes(content)
+        overrides = [f"data.root={digits}", *SHORT, f"model.pretrained={tmp_path / name}"]
+        return list(stage_directories(load_config(REPOSITORY / "tests" / "digits.yaml", overrides), "same").values())
+
+    before = directories("a.pt", b"weights")
+    assert directories("b.pt", b"weights") == before
+    assert not set(directories("a.pt", b"others")) & set(before)
+    (tmp_path / "a.pt").unlink()
+    config = load_config(REPOSITORY / "tests" / "digits.yaml", [*SHORT, f"model.pretrained={tmp_path / 'a.pt'}"])
+    with pytest.raises(UserError, match=r"a\.pt cannot be read: No such file"):
+        stage_directories(config, "same")
+
+
+def test_a_stage_that_another_job_runs_is_left_to_it(digits: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    config = load_config(
+        REPOSITORY / "tests" / "digits.yaml",
+        [f"run.dir={run_dir}", f"data.root={digits}", *SHORT, "dist.num_threads=1", "dist.device=cpu"],
+    )
+    path = stage_directories(config, build_context(config, World.single()).fingerprint(labels=False))["pretext"]
+    other = RunDirectory(path)
+    other.claim(None)
+    assert job(digits, run_dir) == [2]
+    text = output(run_dir)
+    assert "is in use by a running job; another job is running stage pretext there; start this one again" in text
+    other.release()
+
+
+def test_a_stage_that_ended_before_its_claim_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another job ends it between this one's first look and its claim."""
+    run = RunDirectory(tmp_path / "stage")
+    claim = run.claim
+
+    def claim_late(config: None, advice: str) -> None:
+        run.path.mkdir()
+        run.write_summary({"stage": "mine"})
+        claim(config, advice)
+
+    monkeypatch.setattr(run, "claim", claim_late)
+    assert _is_done("mine", run, World.single(), claim=True)
+    RunDirectory(run.path).claim(None)  # it is nobody's
+
+
+def test_a_stage_predicts_no_classes(
+    digits: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for name in ("pretext", "cluster"):
+        for command in (["compare"], ["evaluate"]):
+            assert main([*command, str(stage(undisturbed, name))]) == 2
+            assert f"holds the stage {name} of a run, which predicts no classes" in capsys.readouterr().err
 
 
 def test_runs_share_stages_and_other_labels_do_not_matter(digits: Path, undisturbed: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from nldist.config import Config, OptimSection
 from nldist.dist.world import World
 
+
 def learning_rate(optim: OptimSection, epoch: float, num_epochs: int) -> float:
     """The learning rate at a (fractional) epoch of `num_epochs`."""
     rate = optim.lr
@@ -41,8 +42,9 @@ class Engine:
     """A network under DistributedDataParallel with its optimiser.
 
     With `partly` a step may leave parts of the network out (a second head, a frozen backbone): their weights and
-    their optimiser state then stay as they are. Batch-norm buffers are rank-local while a pass runs and averaged over the ranks by `finish_pass`:
-    broadcasting them at each forward would overwrite them between the several forwards of one step.
+    their optimiser state then stay as they are. Batch-norm buffers are rank-local while a pass runs and averaged over
+    the ranks by `finish_pass`: broadcasting them at each forward would overwrite them between the several forwards of
+    one step.
     """
 
     def __init__(self, model: nn.Module, config: Config, world: World, *, partly: bool = False) -> None:

@@ -92,7 +92,8 @@ class GraphFile:
     """The graph of N samples being written: PATH.part, one .npy array (N, k) int32 with -1 where nothing is yet.
 
     Each rank writes its rows at their place in the file, in any order; `finish` gives it its name. A killed run
-    leaves PATH.part, in which the next one goes on. Creating a `GraphFile` is a collective.
+    leaves PATH.part, in which the next one goes on; or PATH itself, if it was killed after `finish` and before a
+    checkpoint could say so. Creating a `GraphFile` is a collective.
 
     Raises:
         UserError: the file system refused (full disk, no permission); so do `write`, `flush` and `finish`.
@@ -104,16 +105,19 @@ class GraphFile:
         self._rows = owned(num_samples, world.rank, world.size)
         self._header = _header(self._shape)
         with _refusals(path):
-            if world.is_main and not self._goes_on():
-                self._create()
+            if world.is_main and not self._fits(self._part):
+                if self._fits(path):
+                    os.replace(path, self._part)
+                else:
+                    self._create()
             world.barrier()
             self._file = self._part.open("r+b")
 
-    def _goes_on(self) -> bool:
-        """Whether PATH.part is of this shape: then what it holds was written before a restart."""
-        if not self._part.exists() or self._part.stat().st_size != self._offset(self._shape[0]):
+    def _fits(self, path: Path) -> bool:
+        """Whether there is a file of this shape: then what it holds was written before a restart."""
+        if not path.exists() or path.stat().st_size != self._offset(self._shape[0]):
             return False
-        with self._part.open("rb") as file:
+        with path.open("rb") as file:
             return file.read(len(self._header)) == self._header
 
     def _create(self) -> None:

@@ -43,6 +43,10 @@ class Pass(ABC):
     def start(self, num_steps: int, start_step: int) -> None:
         """Get ready for step `start_step` of `num_steps`."""
 
+    def usable(self, batches: Batches) -> bool:
+        """Whether a training step can be made of what could be read: by default, of any image of the first role."""
+        return len(next(iter(batches.values()))) > 0
+
     @abstractmethod
     def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
         """Do one step; return scalar tensors to be averaged for the log."""
@@ -107,6 +111,9 @@ class Method(ABC):
         """The engines of the networks; by default of plain classifiers."""
         return [self.context.engine(number) for number in range(self.num_networks)]
 
+    def check(self, world_size: int) -> None:  # noqa: B027
+        """Refuse (UserError) a number of ranks that the settings do not fit."""
+
     def start(self) -> None:  # noqa: B027
         """Take over what the stages before left, if anything; called before the first step, not on a resume."""
 
@@ -125,6 +132,11 @@ class Method(ABC):
     def logits(self, images: Tensor) -> Tensor:
         """Logits (b, C) for prediction: the sum over the networks (algorithms 0.3)."""
         return torch.stack([engine.evaluate(images) for engine in self.engines]).sum(0)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Device memory for what is kept beside the engines."""
+        return 0
 
     def state_dict(self) -> dict[str, Any]:
         """State that is the same on every rank."""

@@ -1,5 +1,6 @@
 """Weights from a local checkpoint file into a classifier."""
 
+import hashlib
 import logging
 import pickle
 from pathlib import Path
@@ -35,6 +36,22 @@ def load_pretrained(model: Classifier, path: Path, *, head_name: str) -> None:
         model.head.load_state_dict(head)
     else:
         log.info("%s: its head does not fit %d classes and is left out", path, model.num_classes)
+
+
+def weights_digest(path: Path) -> str:
+    """SHA-256 of a checkpoint file's bytes.
+
+    Raises:
+        UserError: the file is missing or unreadable.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"pretrained weights {path} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 def _load_backbone(model: Classifier, state: State, path: Path) -> None:

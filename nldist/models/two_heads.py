@@ -28,12 +28,16 @@ class TwoHeads(nn.Module):
 
 
 class ClusterHeads(nn.Module):
-    """Several clusterings on one backbone, each with as many outputs as there are classes."""
+    """Several clusterings on one backbone, each with as many outputs as there are classes.
 
-    def __init__(self, classifier: Classifier, num_heads: int) -> None:
+    With `heads_only` the backbone stays as it is, its batch-norm statistics included.
+    """
+
+    def __init__(self, classifier: Classifier, num_heads: int, *, heads_only: bool = False) -> None:
         super().__init__()
         self.classifier = classifier
-        self.num_heads = num_heads
+        self.num_heads, self._heads_only = num_heads, heads_only
+        classifier.backbone.requires_grad_(not heads_only)
         self.heads = nn.Linear(classifier.num_features, num_heads * classifier.num_classes)
         del classifier.head  # `take` puts one of ours there
 
@@ -41,6 +45,13 @@ class ClusterHeads(nn.Module):
         """Logits (b, num_heads * num_classes), head by head, of normalised images (b, 3, h, w)."""
         logits: torch.Tensor = self.heads(self.classifier.features(images))
         return logits
+
+    def train(self, mode: bool = True) -> "ClusterHeads":
+        """See Module."""
+        super().train(mode)
+        if self._heads_only:
+            self.classifier.backbone.eval()
+        return self
 
     def take(self, number: int) -> dict[str, torch.Tensor]:
         """The state of a Classifier with head `number`."""

@@ -30,18 +30,26 @@ class MoCo(Pretext):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        size, batch = self.settings.queue, context.config.train.batch_size * context.world.size
-        if size < batch:
-            raise UserError(
-                f"pretext.queue={size} is smaller than a step's {batch} images "
-                f"(pretext.batch_size times {context.world.size} ranks); set {batch} or more"
-            )
         self.encoder: nn.Module = copy.deepcopy(self.engines[0].model).requires_grad_(False)
         generator = torch.Generator().manual_seed(context.config.run.seed * 1009 + _QUEUE_SEED)
-        start = torch.randn((size, self.settings.dim), generator=generator)
+        start = torch.randn((self.settings.queue, self.settings.dim), generator=generator)
         self.queue = F.normalize(start, dim=1).to(context.world.device)
         self.pointer = 0
         self._follow = get_ema_multi_avg_fn(self.settings.momentum)  # type: ignore[no-untyped-call]
+
+    def check(self, world_size: int) -> None:
+        """See Method."""
+        batch = self.context.config.train.batch_size * world_size
+        if self.settings.queue < batch:
+            raise UserError(
+                f"pretext.queue={self.settings.queue} is smaller than a step's {batch} images "
+                f"(pretext.batch_size times {world_size} ranks); set {batch} or more"
+            )
+
+    @property
+    def extra_bytes(self) -> int:
+        """See Method."""
+        return 4 * (sum(p.numel() for p in self.encoder.parameters()) + self.queue.numel())
 
     def train_pass(self, epoch: int) -> Pass:
         """See Pretext."""

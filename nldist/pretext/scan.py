@@ -15,11 +15,13 @@ from nldist.data.stream import Batch
 from nldist.data.views import View
 from nldist.dist.checkpoint import load_file
 from nldist.dist.engine import Engine, learning_rate
+from nldist.errors import UserError
 from nldist.losses import agreement, mean_negative_entropy
 from nldist.methods.base import Batches, EnginePass, EvaluationPass, Method, Metrics, Pass, Phase
 from nldist.methods.context import Context
 from nldist.models import Classifier
 from nldist.models.two_heads import ClusterHeads
+from nldist.pretext.gather import global_mean, row_counts
 from nldist.pretext.mine import GRAPH_FILE
 
 _PURPOSE = 64  # of plans and views; two per network
@@ -43,17 +45,23 @@ class Scan(Method):
         super().__init__(context)
         num_samples = len(context.train)
         order = np.random.default_rng([context.config.run.seed, _PURPOSE]).permutation(num_samples)
-        # At least one on every rank, so that each has something to say about the epoch.
-        num_kept = max(round(self.settings.holdout * num_samples), context.world.size)
+        num_kept = max(round(self.settings.holdout * num_samples), 1)
         self.kept_apart, self.anchors = np.sort(order[:num_kept]), np.sort(order[num_kept:])
+
+    def check(self, world_size: int) -> None:
+        """See Method."""
+        if len(self.anchors) < 2 * world_size:
+            raise UserError(
+                f"cluster.holdout={self.settings.holdout} leaves {len(self.anchors)} anchors for {world_size} rank(s); "
+                "lower it"
+            )
 
     def build_engines(self) -> list[Engine]:
         """See Method."""
-        return [self.context.engine(0, self._with_heads, partly=self.settings.head_only)]
+        return [self.context.engine(0, self._with_heads)]
 
     def _with_heads(self, classifier: Classifier) -> nn.Module:
-        classifier.frozen = self.settings.head_only
-        return ClusterHeads(classifier, self.settings.num_heads)
+        return ClusterHeads(classifier, self.settings.num_heads, heads_only=self.settings.head_only)
 
     def start(self) -> None:
         """Take over the pretext's backbone."""
@@ -171,8 +179,13 @@ class NeighbourPass(EnginePass):
             population=self._population,
         )
 
+    def usable(self, batches: Batches) -> bool:
+        """See Pass."""
+        return len(whole_pairs(batches["anchors"], batches["neighbours"])[0]) > 0
+
     def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
         """See Pass."""
+        world = self.context.world
         anchors, partners = whole_pairs(batches["anchors"], batches["neighbours"])
         view, purpose = self._view() if self._view else None, _PURPOSE + 2 * self.number
         images = [
@@ -181,9 +194,9 @@ class NeighbourPass(EnginePass):
         ]
         logits = self.engine.forward(torch.cat(images))
         log_p, log_n = logits.view(len(logits), self._num_heads, -1).log_softmax(2).chunk(2)
-        disagreement = -agreement(log_p, log_n).mean()
+        disagreement = -global_mean(agreement(log_p, log_n).mean(1), row_counts(len(log_p), world), world)
         # The sum of all heads' terms, in one collective.
-        entropy = mean_negative_entropy(log_p.exp().flatten(1), self.context.world) / self._num_heads
+        entropy = mean_negative_entropy(log_p.exp().flatten(1), world) / self._num_heads
         loss = disagreement + self._lambda_e * entropy
         self.engine.step(loss, self._rate(self.progress(step)))
         return {"loss": loss.detach(), "loss_agree": disagreement.detach(), "loss_entropy": entropy.detach()}
@@ -276,7 +289,9 @@ def whole_pairs(anchors: Batch, partners: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _find(wanted: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """For each of `wanted` its place in `draws` (distinct, at least one), and which of them are there at all."""
+    """For each of `wanted` its place in `draws` (distinct), and which of them are there at all."""
+    if not len(draws):
+        return torch.zeros_like(wanted), wanted.new_empty(0)
     ordered, order = draws.sort()
     place = torch.searchsorted(ordered, wanted).clamp_max(len(draws) - 1)
     return order[place], torch.nonzero(ordered[place] == wanted)[:, 0]

@@ -251,6 +251,18 @@ def test_a_killed_writer_leaves_no_graph_and_the_next_goes_on(tmp_path: Path) ->
     assert not graph.flags.writeable
 
 
+def test_a_graph_finished_before_a_restart_is_gone_on_with(tmp_path: Path) -> None:
+    """Killed between `finish` and the checkpoint that would say so: the run comes back at an earlier block."""
+    path, rows = tmp_path / "graph.npy", np.arange(30).reshape(10, 3)
+    file = GraphFile(path, 10, 3, WORLD)
+    file.write(0, rows)
+    file.finish()
+    file = GraphFile(path, 10, 3, WORLD)
+    file.write(8, rows[8:])
+    file.finish()
+    np.testing.assert_array_equal(open_graph(path), rows)
+
+
 def test_a_part_of_another_shape_is_not_gone_on_with(tmp_path: Path) -> None:
     GraphFile(tmp_path / "graph.npy", 6, 2, WORLD).write(0, np.zeros((6, 2)))
     with pytest.raises(UserError, match="4 rows were not written"):

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from nldist.config_file import load_config
-from nldist.data.stream import Stream
+from nldist.data.stream import Batch, Stream
 from nldist.dist.world import World
+from nldist.errors import UserError
 from nldist.methods.base import Pass
 from nldist.methods.scanmix import ScanMix
 from nldist.models import Classifier, build_model
 from nldist.models.two_heads import TwoHeads
 from nldist.pretext.mine import GRAPH_FILE
-from nldist.pretext.scan import Scan, ValidationPass
+from nldist.pretext.scan import Scan, ValidationPass, whole_pairs
 from nldist.stages import stage_config
 from nldist.train import build_context
 from tests.conftest import REPOSITORY
@@ -280,4 +281,53 @@ def test_scan_with_a_frozen_backbone_trains_the_head_alone(digits: Path, product
     before = copies(method.engines[0].model.state_dict())
     run(method, method.phases()[0].passes(0)[0], 3)
     after = method.engines[0].model.state_dict()
-    assert changed(before, after) == {"heads", "statistics"}
+    assert changed(before, after) == {"heads"}
+
+
+def one_step_on_parts(
+    world: World, digits: Path, products: dict[str, Path], counts: tuple[int, ...]
+) -> tuple[float, State]:
+    """One step of SCAN on as many pairs as `counts` says for this rank, of the same seven pairs."""
+    settings = ("cluster.head_only=true", "cluster.optim.name=sgd", "cluster.optim.lr=0.5", "cluster.num_heads=2")
+    method = build_scan(digits, products, *settings, "cluster.batch_size=7", world=world)
+    (task,) = method.phases()[0].passes(0)
+    whole = next(
+        iter(
+            Stream(method.context.train, None, build_scan(digits, products, *settings).phases()[0].passes(0)[0].plan())
+        )
+    )
+    start = sum(counts[: world.rank])
+    rows = slice(start, start + counts[world.rank])
+    batches = {role: Batch(*(value[:7][rows] for value in vars(batch).values())) for role, batch in whole.items()}
+    task.start(10, 0)
+    loss = task.step(batches, 0)["loss"]
+    return float(loss), copies(method.engines[0].model.state_dict())
+
+
+def test_a_step_with_uneven_rows_is_that_of_all_pairs_together(digits: Path, products: dict[str, Path]) -> None:
+    """As where images could not be read: mean over all pairs, not over the ranks' means."""
+    ((expected, state),) = run_ranks(one_step_on_parts, 1, digits, products, (7,))
+    results = run_ranks(one_step_on_parts, 2, digits, products, (5, 2))
+    assert np.mean([loss for loss, _ in results]) == pytest.approx(expected, rel=1e-5)
+    for _, found in results:
+        for name, value in state.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_without_a_whole_pair_is_told_and_not_trained_on(digits: Path, products: dict[str, Path]) -> None:
+    method = build_scan(digits, products)
+    (task,) = method.phases()[0].passes(0)
+    batches = next(iter(method.context.stream("train", task.plan())))
+    assert task.usable(batches)
+    anchors, partners = batches["anchors"], batches["neighbours"]
+    for left in (slice(0), slice(5, None)):
+        few = Batch(*(value[left] for value in vars(partners).values()))
+        found = whole_pairs(Batch(*(value[:5] for value in vars(anchors).values())), few)
+        assert [len(rows) for rows in found] == [0, 0]
+    assert not task.usable({"anchors": anchors, "neighbours": Batch(*(v[:0] for v in vars(partners).values()))})
+
+
+def test_too_few_anchors_are_refused(digits: Path, products: dict[str, Path]) -> None:
+    method = build_scan(digits, products, "cluster.holdout=0.999")
+    with pytest.raises(UserError, match=r"cluster.holdout=0.999 leaves 1 anchors for 1 rank"):
+        method.check(1)

@@ -69,7 +69,11 @@ def test_the_queue_replaces_its_oldest_keys(digits: Path) -> None:
 
 def test_a_queue_smaller_than_a_step_is_refused(digits: Path) -> None:
     with pytest.raises(UserError, match=r"pretext\.queue=60 .* 64 images"):
-        build(digits, "pretext.queue=60")
+        build(digits, "pretext.queue=60").check(1)
+    method = build(digits, "pretext.queue=64")
+    method.check(1)
+    with pytest.raises(UserError, match=r"128 images \(pretext.batch_size times 2 ranks\)"):
+        method.check(2)
 
 
 def test_one_step_against_the_equations(digits: Path) -> None:
