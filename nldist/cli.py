@@ -1,9 +1,10 @@
-"""The command line: nldist train | evaluate | dry-run | compare | sync."""
+"""The command line: nldist train | evaluate | dry-run | status | compare | sync."""
 
 import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from nldist.config_file import load_config
@@ -12,7 +13,7 @@ from nldist.errors import UserError, main_guard
 
 @main_guard
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; exit code 0, 2 for a user's error, 143 when stopped with everything saved."""
+    """Run one command; exit code 0, 2 for a user's error, 143 or 144 when stopped with everything saved."""
     options = _parse(argv)
     command: int = options.command(options)
     return command
@@ -48,6 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_configuration(dry_run)
     dry_run.add_argument("--world-size", type=int, default=1, help="number of ranks to plan for")
     dry_run.set_defaults(command=_dry_run)
+
+    status = commands.add_parser("status", help="how a run is doing")
+    status.add_argument("run", type=Path, metavar="RUN")
+    status.set_defaults(command=_status)
 
     compare = commands.add_parser("compare", help="a table of finished runs")
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN")
@@ -93,9 +98,17 @@ def _dry_run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _status(options: argparse.Namespace) -> int:
+    from nldist.status import describe, read_status
+
+    for line in describe(read_status(options.run), time.time()):
+        print(line)
+    return 0
+
+
 def _compare(options: argparse.Namespace) -> int:
     from nldist.evaluate import compare, table
-    from nldist.run import write_text
+    from nldist.files import write_text
 
     rows = compare(options.runs)
     print(table(rows))

@@ -237,6 +237,7 @@ class DistSection(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = Field(None, ge=1, description="CPU threads per rank; none = cores / local ranks")
     timeout_seconds: float = Field(1800.0, gt=0, description="longest wait in one collective before the run fails")
+    interface: Name | None = Field(None, description="network interface of gloo and nccl; none = they choose")
 
 
 class TrackSection(Section):

@@ -26,7 +26,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}") from None
+        raise UserError(f"{path}: {explain(error)}") from None
 
 
 def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
@@ -73,20 +73,20 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values[key] = text
 
 
-def _explain(error: ValidationError) -> str:
-    """The first problem as one line."""
+def explain(error: ValidationError, schema: type[BaseModel] = Config) -> str:
+    """The first problem as one line, with the nearest setting of `schema` where one is unknown."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"{where} is not a setting{_nearest(first['loc'])}"
+        return f"{where} is not a setting{_nearest(first['loc'], schema)}"
     if first["type"] == "missing":
         return f"{where} is missing; set it in the file or as {where}=..."
     message = first["msg"].removeprefix("Value error, ")
     return f"{where}={first['input']!r}: {message}" if where else message
 
 
-def _nearest(location: tuple[int | str, ...]) -> str:
-    model: Any = Config
+def _nearest(location: tuple[int | str, ...], schema: type[BaseModel]) -> str:
+    model: Any = schema
     prefix = []
     for part in location[:-1]:
         field = getattr(model, "model_fields", {}).get(part)
@@ -94,7 +94,7 @@ def _nearest(location: tuple[int | str, ...]) -> str:
             break
         prefix.append(str(part))
         model = next((t for t in (field.annotation, *get_args(field.annotation)) if hasattr(t, "model_fields")), None)
-    wrong, everywhere = str(location[-1]), _all_settings()
+    wrong, everywhere = str(location[-1]), _all_settings(schema)
     here = [".".join([*prefix, name]) for name in getattr(model, "model_fields", {})]
     for candidates in (here, everywhere):
         by_name = {dotted.rpartition(".")[2]: dotted for dotted in reversed(candidates)}
@@ -103,7 +103,7 @@ def _nearest(location: tuple[int | str, ...]) -> str:
     return f"; the settings here are {', '.join(here)}" if here else ""
 
 
-def _all_settings(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+def _all_settings(model: type[BaseModel], prefix: str = "") -> list[str]:
     names = []
     for name, field in model.model_fields.items():
         names.append(prefix + name)

@@ -13,6 +13,11 @@ class UserError(Exception):
     """Something that the user can put right: the message says what is wrong, where, and what to do."""
 
 
+def one_line(error: BaseException) -> str:
+    """An error's kind and message as one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
 def main_guard(main: Callable[P, int | None]) -> Callable[P, int]:
     """Make an entry point report a `UserError` as one line on stderr and exit code 2, without a traceback.
 

@@ -14,10 +14,11 @@ from nldist.data.index import Index
 from nldist.dist.table import SampleTable
 from nldist.dist.world import World
 from nldist.errors import UserError
+from nldist.files import write_text
 from nldist.methods.base import EvaluationPass
 from nldist.methods.context import Context
 from nldist.progress import Watch
-from nldist.run import RunDirectory, ensemble, write_text
+from nldist.run import RunDirectory, ensemble
 
 
 def evaluate(
@@ -36,8 +37,7 @@ def evaluate(
     """
     run = RunDirectory(run_dir)
     config = run.config(overrides)
-    dist = config.dist
-    with World.start(num_threads=dist.num_threads, timeout_seconds=dist.timeout_seconds, device=dist.device) as world:
+    with World.start(**config.dist.model_dump()) as world:
         task = _evaluation(run, config, world, split or config.data.eval_split, weights)
         metrics = task.finish()
         confusion = task.confusion.cpu().numpy()
@@ -85,7 +85,7 @@ def predict(run_dir: Path, weights: Literal["last", "best"], data_root: Path, sp
     """
     run = RunDirectory(run_dir)
     config = run.config([f"data.root={data_root}", "data.on_bad=refuse"])
-    with World.start(num_threads=config.dist.num_threads, device=config.dist.device) as world:
+    with World.start(**config.dist.model_dump()) as world:
         context = _evaluation_context(config, world, split)
         networks = [network.to(world.device) for network in run.load_networks(weights, config, context.train.classes)]
         predicted = np.empty(len(context.train), np.int32)

@@ -46,7 +46,7 @@ class Watch:
     """The time of one pass: prints a line every `every_seconds`."""
 
     def __init__(self, title: str, num_steps: int, start_step: int, every_seconds: float) -> None:
-        self._title, self._num_steps, self._start_step = title, num_steps, start_step
+        self.title, self.num_steps, self._start_step = title, num_steps, start_step
         self._every, self.began = every_seconds, time.perf_counter()
         self._last = self.began
 
@@ -71,10 +71,10 @@ class Watch:
     def line(self, step: int, rates: Mapping[str, float], means: Mapping[str, float]) -> str:
         """One line of progress after `step` steps."""
         done = max(step - self._start_step, 1)
-        left = self.seconds / done * (self._num_steps - step)
+        left = self.seconds / done * (self.num_steps - step)
         values = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
         return (
-            f"{self._title}  step {step}/{self._num_steps}  {rates['images_per_second']:,.0f} img/s  "
+            f"{self.title}  step {step}/{self.num_steps}  {rates['images_per_second']:,.0f} img/s  "
             f"data wait {rates['data_wait_share']:.0%}  left {clock(left)}  {values}"
         )
 

@@ -2,7 +2,7 @@
 
 import fcntl
 import json
-import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,6 +14,7 @@ from nldist.config import Config, flatten
 from nldist.config_file import load_config
 from nldist.dist.checkpoint import load_file, save_file
 from nldist.errors import UserError
+from nldist.files import write_text
 from nldist.models import Classifier, build_model
 
 # What may change between the starts of one run: none of it changes what is learnt in an epoch.
@@ -38,11 +39,12 @@ class RunDirectory:
         self.path = path
         self._lock: TextIO | None = None
 
-    def claim(self, config: Config | None, advice: str = "set another run.dir") -> None:
+    def claim(self, config: Config | None, advice: str = "set another run.dir", *, patience_seconds: float = 0) -> None:
         """Make the directory this job's, with this configuration (None: whatever it is). For rank 0.
 
         Raises:
-            UserError: another job is using it (with `advice`), or it holds a run with other settings.
+            UserError: another job is using it, also after `patience_seconds` (with `advice`), or it holds a run with
+                other settings.
         """
         try:
             for name in ("checkpoints", "weights", "tables", "plots"):
@@ -50,13 +52,22 @@ class RunDirectory:
             self._lock = (self.path / ".lock").open("w")
         except OSError as error:
             raise UserError(f"run directory {self.path} cannot be written: {error.strerror}") from None
+        until = time.monotonic() + patience_seconds
+        while not self._locked():
+            if time.monotonic() > until:
+                raise UserError(f"{self.path} is in use by a running job; {advice}")
+            time.sleep(0.5)
+        if config is not None:
+            self._check_same(config)
+
+    def _locked(self) -> bool:
+        assert self._lock is not None
         try:
             # Not flock, which forked data workers would inherit and keep when their rank is killed.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{self.path} is in use by a running job; {advice}") from None
-        if config is not None:
-            self._check_same(config)
+            return False
+        return True
 
     def release(self) -> None:
         """Leave the directory to other jobs."""
@@ -136,10 +147,3 @@ class RunDirectory:
 def ensemble(networks: list[Classifier], images: torch.Tensor) -> torch.Tensor:
     """Sum of the networks' logits (b, C), float32."""
     return torch.stack([network(images).float() for network in networks]).sum(0)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it, so that it is never half there."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text)
-    os.replace(aside, path)

@@ -9,12 +9,13 @@ ranks is not in it: what a finished stage left is used on any number.
 import hashlib
 import json
 import shutil
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nldist.config import ClusterSection, Config, PretextSection
+from nldist.dist.environment import num_restarts
+from nldist.dist.stop import REQUEST
 from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.methods.base import Method
@@ -25,9 +26,11 @@ from nldist.pretext.moco import MoCo
 from nldist.pretext.scan import Scan
 from nldist.pretext.simclr import SimCLR
 from nldist.run import RunDirectory
+from nldist.status import StatusFile
 from nldist.train import Trainer, build_context, fingerprint_of
 
 MAIN = "train"
+_DYING_SECONDS = 300
 _VERSION = 1  # of what stages compute: to be raised when the same settings come to mean something else
 # Beginnings of the names of settings that decide about every stage, and of those that only measure or divide the work.
 _SHARED = ("run.seed", "model.", "data.mean", "data.std", "data.max_side", "data.window", "train.autocast")
@@ -92,17 +95,27 @@ def train(config: Config, only: Sequence[str] | None = None) -> int:
     chain = (*CHAINS.get(config.method.name, ()), MAIN)
     if unknown := [stage for stage in only or () if stage not in chain]:
         raise UserError(f"method {config.method.name} has no stage {unknown[0]!r}; its stages are {', '.join(chain)}")
-    dist = config.dist
-    with World.start(num_threads=dist.num_threads, timeout_seconds=dist.timeout_seconds, device=dist.device) as world:
-        run = RunDirectory(config.run.dir)
+    REQUEST.listen()
+    with World.start(**config.dist.model_dump()) as world:
+        run, status = RunDirectory(config.run.dir), StatusFile(config.run.dir, writes=world.is_main)
         if world.is_main:
-            run.claim(config)
+            run.claim(config, patience_seconds=_patience_seconds())
         world.barrier()
-        world.request_stop_on(signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-        return _run_chain(config, world, run, chain, only or chain)
+        with status.of_job(world.size):
+            code = _run_chain(config, world, run, status, chain, only or chain)
+            if code == 0:
+                status.update(state="done")
+        return code
 
 
-def _run_chain(config: Config, world: World, run: RunDirectory, chain: Sequence[str], wanted: Sequence[str]) -> int:
+def _patience_seconds() -> float:
+    """A job that was started again may find its forerunner still dying, on a node that the cluster has lost."""
+    return _DYING_SECONDS if num_restarts() else 0
+
+
+def _run_chain(
+    config: Config, world: World, run: RunDirectory, status: StatusFile, chain: Sequence[str], wanted: Sequence[str]
+) -> int:
     products: dict[str, Path] = {}
     if len(chain) > 1:
         images = fingerprint_of(build_context(config, world), labels=False)
@@ -112,11 +125,13 @@ def _run_chain(config: Config, world: World, run: RunDirectory, chain: Sequence[
         if _is_done(name, stage, world, claim=name in wanted):
             continue
         if name in wanted:
-            if code := _run_stage(name, config, world, stage, products):
+            if code := _run_stage(name, config, world, stage, status, products):
                 return code
         elif set(wanted) & set(chain[chain.index(name) :]):
             raise UserError(f"stage {name} is not done in {path}; run it first: nldist train ... --stages {name}")
-    return Trainer(build_context(config, world, products), run).fit() if MAIN in wanted else 0
+    if MAIN not in wanted:
+        return 0
+    return Trainer(build_context(config, world, products), run, status=status).fit()
 
 
 def stage_directories(config: Config, images: str) -> dict[str, Path]:
@@ -157,7 +172,8 @@ def _is_done(name: str, run: RunDirectory, world: World, *, claim: bool) -> bool
     if world.is_main:
         done = run.summary is not None
         if claim and not done:
-            run.claim(None, f"another job is running stage {name} there; start this one again when it is done")
+            advice = f"another job is running stage {name} there; start this one again when it is done"
+            run.claim(None, advice, patience_seconds=_patience_seconds())
             done = run.summary is not None
             if done:
                 run.release()
@@ -166,10 +182,12 @@ def _is_done(name: str, run: RunDirectory, world: World, *, claim: bool) -> bool
     return world.broadcast_object(done)
 
 
-def _run_stage(name: str, config: Config, world: World, run: RunDirectory, products: dict[str, Path]) -> int:
+def _run_stage(
+    name: str, config: Config, world: World, run: RunDirectory, status: StatusFile, products: dict[str, Path]
+) -> int:
     """Run one stage, whose directory is this job's, to its end; returns the exit code."""
     context = build_context(stage_config(name, config, run.path), world, products)
-    code = Trainer(context, run, STAGES[name].build, name).fit()
+    code = Trainer(context, run, STAGES[name].build, name, status).fit()
     world.barrier()
     if world.is_main:
         if code == 0:  # a finished stage is not gone on with: what it left are weights and tables

@@ -16,6 +16,7 @@ from nldist.data.index import Index
 from nldist.data.stream import Stream
 from nldist.dist.checkpoint import Checkpoints, Position
 from nldist.dist.engine import learning_rate
+from nldist.dist.stop import REQUEST, Stop
 from nldist.dist.table import SampleTable
 from nldist.dist.world import World
 from nldist.errors import UserError
@@ -24,9 +25,9 @@ from nldist.methods.build import build_method
 from nldist.methods.context import Context
 from nldist.progress import Meter, Watch, peak_memory_gib
 from nldist.run import RunDirectory
+from nldist.status import StatusFile
 from nldist.track import NullTracker, Status, Tracker
 
-EXIT_STOPPED = 143  # as a process ended by SIGTERM: there is more to do
 _STEPS_BETWEEN_STOP_CHECKS = 8
 
 
@@ -67,8 +68,10 @@ class Trainer:
         run: RunDirectory,
         build: Callable[[Context], Method] = build_method,
         stage: str = "train",
+        status: StatusFile | None = None,
     ) -> None:
         self.context, self.run, self.stage = context, run, stage
+        self.status = status or StatusFile(run.path, writes=context.world.is_main)
         self.config, self.world = context.config, context.world
         self.method = build(context)
         self.method.check(self.world.size)
@@ -91,6 +94,7 @@ class Trainer:
         self._stream: Stream | None = None  # of the present pass
         self._bad_before = 0  # bad records of the present pass before it was resumed
         self._steps_since_save, self._steps_since_check = 0, 0
+        self._stop = Stop.NONE
         self._resume()
         self._began = time.perf_counter() - self.record["seconds"]
         if self.world.is_main:
@@ -131,7 +135,7 @@ class Trainer:
         status: Status = "FAILED"
         try:
             code = self._fit()
-            status = "KILLED" if code == EXIT_STOPPED else "FINISHED"
+            status = "KILLED" if self._stop else "FINISHED"
         finally:
             self.tracker.end(status)
         return code
@@ -195,12 +199,11 @@ class Trainer:
         resume_step = task.resume_step(num_done)
         if resume_step is None:
             return True
-        stop = False
         if self._steps_since_check >= _STEPS_BETWEEN_STOP_CHECKS:
-            self._steps_since_check, stop = 0, self.world.should_stop()
-        if stop or 0 < self.config.train.checkpoint_every_steps <= self._steps_since_save:
+            self._steps_since_check, self._stop = 0, self.world.should_stop()
+        if self._stop or 0 < self.config.train.checkpoint_every_steps <= self._steps_since_save:
             self._save(Position(self.position.epoch, self.position.pass_index, resume_step))
-        return not stop
+        return not self._stop
 
     def _finish_pass(self, task: Pass, stream: Stream, watch: Watch) -> None:
         """Gather what the pass found into the epoch's metrics."""
@@ -229,6 +232,8 @@ class Trainer:
         rates = watch.rates(stream.num_images * self.world.size, stream.wait_seconds)
         means = self.meter.means()
         self._say(watch.line(num_done, rates, means))
+        rate = rates["images_per_second"]
+        self.status.update(place=watch.title, step=num_done, num_steps=watch.num_steps, images_per_second=rate)
         if task.trains:
             values = {f"{task.name}/step_{name}": value for name, value in (means | rates).items()}
             self.tracker.log(values, epoch=self.position.epoch + 1, step=self.record["step"])
@@ -247,6 +252,13 @@ class Trainer:
         self.tracker.log(metrics, epoch=epoch + 1, step=epoch + 1, kind="epoch")
         left = seconds * (self.num_epochs - epoch - 1)
         self._say(report.epoch_line(self._title(epoch), self.method.score, metrics, self.record, seconds, left))
+        self.status.update(
+            place=f"{self._title(epoch)} {phase.name}",
+            stage=self.stage,
+            metrics={name: metrics[name] for name in metrics if name == self.method.score or name.endswith("/loss")}
+            | self.record["quality"],
+            ends=time.time() + left,
+        )
         if self.world.is_main:
             self._save_weights(epoch + 1, score)
         self._save(Position(epoch + 1))
@@ -292,8 +304,10 @@ class Trainer:
         self._steps_since_save = 0
 
     def _stopped(self) -> int:
-        self._say(f"stopped at {self.position.name}, all saved; the same command goes on from there")
-        return EXIT_STOPPED
+        took = f" {time.monotonic() - REQUEST.since:.1f} s after the signal" if REQUEST.since else ""
+        self._say(f"stopped at {self.position.name}, all saved{took}; the same command goes on from there")
+        self.status.update(state="stopped")
+        return self._stop.exit_code
 
     def _end(self) -> None:
         """Leave what a person or a script reads: plots, the samples' table, and at last the summary."""

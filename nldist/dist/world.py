@@ -2,15 +2,13 @@
 
 import contextlib
 import os
-import signal
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -18,7 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nldist.errors import UserError
+from nldist.dist.environment import Place
+from nldist.dist.stop import REQUEST, Stop
+from nldist.errors import UserError, one_line
 from nldist.memory import keep_freed_memory
 
 T = TypeVar("T")
@@ -40,7 +40,6 @@ class World:
     size: int
     local_rank: int
     device: torch.device
-    _stop: bool = field(default=False, repr=False)
 
     @classmethod
     def single(cls) -> "World":
@@ -50,24 +49,31 @@ class World:
     @classmethod
     @contextlib.contextmanager
     def start(
-        cls, *, num_threads: int | None = None, timeout_seconds: float = 1800, device: str = "auto"
+        cls,
+        *,
+        num_threads: int | None = None,
+        timeout_seconds: float = 1800,
+        device: str = "auto",
+        interface: str | None = None,
     ) -> Iterator["World"]:
-        """Join the process group that torchrun's environment describes, or be a world of one without it.
+        """Join the process group that the environment describes (see `Place`), or be a world of one without it.
 
         Args:
-            num_threads: threads of torch on this rank; by default the cores of the node shared among its ranks.
+            num_threads: threads of torch on this rank; by default its own cores, or the node's shared among its ranks.
             timeout_seconds: after this long in one collective the run fails instead of waiting on.
             device: "auto" (the local rank's GPU where there is one), "cpu" or "cuda".
+            interface: network interface of gloo and nccl, such as "ib0"; by default they choose.
 
         An exception inside the block is printed with the rank's number and ends the process with code 1, so
         that the other ranks' collectives fail too; they then name the rank that failed first.
         """
-        world = cls._from_environment(device)
-        torch.set_num_threads(num_threads or _default_threads())
+        place = Place.find()
+        world = cls(place.rank, place.size, place.local_rank, _device(device, place.local_rank))
+        torch.set_num_threads(num_threads or place.num_threads or _shared_threads(place))
         if world.device.type == "cpu":
             keep_freed_memory()
         if world.size > 1:
-            _init_process_group(world, timeout_seconds)
+            _init_process_group(world, place, timeout_seconds, interface)
         try:
             yield world
             if world.size > 1:
@@ -79,20 +85,6 @@ class World:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-
-    @classmethod
-    def _from_environment(cls, device: str) -> "World":
-        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("dist.device=cuda, but torch finds no GPU here; use dist.device=cpu or auto")
-        if device != "cpu" and torch.cuda.is_available():
-            num_gpus = torch.cuda.device_count()
-            if local_rank >= num_gpus:
-                raise UserError(f"local rank {local_rank} has no GPU of its own: this node has {num_gpus}")
-            torch.cuda.set_device(local_rank)
-            return cls(rank, size, local_rank, torch.device("cuda", local_rank))
-        return cls(rank, size, local_rank, torch.device("cpu"))
 
     @property
     def is_main(self) -> bool:
@@ -134,25 +126,14 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def request_stop_on(self, *signals: signal.Signals) -> None:
-        """From now on these signals only set this rank's stop flag (see `should_stop`); a second Ctrl-C interrupts."""
-
-        def request(number: int, _frame: FrameType | None) -> None:
-            if self._stop and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._stop = True
-
-        for number in signals:
-            signal.signal(number, request)
-
-    def should_stop(self) -> bool:
-        """Whether any rank was asked to stop. A collective: every rank calls it at the same step's edge."""
-        return bool(self.all_reduce(torch.tensor(int(self._stop)), "max").item())
+    def should_stop(self) -> Stop:
+        """What any rank was asked to do (`stop.REQUEST`). A collective: all ranks call it at the same step's edge."""
+        return Stop(int(self.all_reduce(torch.tensor(int(REQUEST.kind)), "max").item()))
 
     def _fail(self, error: BaseException) -> None:
         """Report `error` as this rank's, or name the rank whose failure caused it, and end the process."""
-        first = _first_failure(f"rank {self.rank} on {socket.gethostname()}: {_one_line(error)}")
-        told = first is not None and first.endswith(_one_line(error))
+        first = _first_failure(f"rank {self.rank} on {socket.gethostname()}: {one_line(error)}")
+        told = first is not None and first.endswith(one_line(error))
         if first is not None and isinstance(error, RuntimeError):
             print(f"rank {self.rank} stops because of {first}", file=sys.stderr, flush=True)
         elif isinstance(error, UserError):
@@ -168,18 +149,31 @@ class World:
         os._exit(2 if isinstance(error, UserError) else 1)
 
 
-def _init_process_group(world: World, timeout_seconds: float) -> None:
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("dist.device=cuda, but torch finds no GPU here; use dist.device=cpu or auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise UserError(f"local rank {local_rank} has no GPU of its own: this node has {num_gpus}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _init_process_group(world: World, place: Place, timeout_seconds: float, interface: str | None) -> None:
+    if interface:
+        os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
+    if place.address:
+        os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    dist.init_process_group(
+        backend, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_seconds)
+    )
 
 
-def _default_threads() -> int:
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+def _shared_threads(place: Place) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // place.num_local)
 
 
 def _first_failure(mine: str) -> str | None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from nldist.dist.stop import REQUEST, Stop
 from nldist.dist.world import World
 from tests.conftest import REPOSITORY
 from tests.ranks import free_port, run_ranks
@@ -35,21 +36,24 @@ def test_reductions_and_broadcast() -> None:
     assert run_ranks(reduce_all, 3) == [([6.0, 1.0, 3.0], {"from": 0})] * 3
 
 
-def stop_one(world: World, victim: int) -> list[bool]:
-    handler = signal.getsignal(signal.SIGUSR2)
-    world.request_stop_on(signal.SIGUSR2)
-    before = world.should_stop()
-    if world.rank == victim:
-        os.kill(os.getpid(), signal.SIGUSR2)
-    answers = [before, world.should_stop()]
-    signal.signal(signal.SIGUSR2, handler)
-    world._stop = False
+def stop_one(world: World, victim: int, numbers: list[int]) -> list[Stop]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}
+    REQUEST.listen()
+    answers = [world.should_stop()]
+    for number in numbers:
+        if world.rank == victim:
+            os.kill(os.getpid(), number)
+        answers.append(world.should_stop())
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    REQUEST.kind, REQUEST.since = Stop.NONE, None
     return answers
 
 
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_signal_to_one_rank_stops_all_at_the_same_edge(victim: int) -> None:
-    assert run_ranks(stop_one, 3, victim) == [[False, True]] * 3
+    numbers = [signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR2]
+    assert run_ranks(stop_one, 3, victim, numbers) == [[Stop.NONE, Stop.REQUEUE, Stop.END, Stop.END]] * 3
 
 
 SCRIPT = """

@@ -1,0 +1,168 @@
+"""Submit a run to a cluster, or start it on this machine with several ranks.
+
+python launcher/submit.py CONFIG [key=value ...] --nodes 4 --gpus-per-node 8 --time 24:00:00 --partition gpu
+python launcher/submit.py configs/demo.yaml --cluster local --tasks-per-node 2 --wait
+
+Configuration, data and paths are checked before anything is queued. Options that are the same for all your jobs go
+into cluster.yaml (see docs/clusters.md).
+"""
+
+import argparse
+import difflib
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from nldist.config import Config
+from nldist.errors import UserError, main_guard
+from nldist.launch.settings import ClusterSettings, cluster_settings
+
+SETTINGS = ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "mem_gb", "time")
+SLURM_ONLY = ("partition", "account", "constraint", "qos", "time", "mem_gb")
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, with the nearest option where one is misspelt."""
+
+    def error(self, message: str) -> NoReturn:
+        """See ArgumentParser."""
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parser() -> Parser:
+    """The command line."""
+    parse = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parse.add_argument("config", type=Path, metavar="CONFIG")
+    parse.add_argument("overrides", nargs="*", metavar="key=value")
+    parse.add_argument("--cluster", choices=("slurm", "local", "debug"), help="default: slurm where it is installed")
+    parse.add_argument("--cluster-file", type=Path, help="default: cluster.yaml, if there is one")
+    parse.add_argument("--nodes", type=int)
+    parse.add_argument("--gpus-per-node", type=int, help="one rank each")
+    parse.add_argument("--tasks-per-node", type=int, help="ranks per node without GPUs (default 1)")
+    parse.add_argument("--cpus-per-task", type=int, help="cores of a rank and its data workers")
+    parse.add_argument("--mem-gb", type=float, help="memory of a node")
+    parse.add_argument("--time", help="limit of one start, [days-]hours:minutes:seconds; then the job is requeued")
+    for name in ("partition", "account", "constraint", "qos"):
+        parse.add_argument(f"--{name}")
+    parse.add_argument("--array-seeds", metavar="0-4", help="an array with these seeds")
+    parse.add_argument("--sweep", action="append", default=[], metavar="KEY=V,V", help="an array with these values")
+    parse.add_argument("--stages", action="store_true", help="a job for each stage, each after the one before")
+    parse.add_argument("--wait", action="store_true", help="show rank 0's output until the end")
+    parse.add_argument("--dry-run", action="store_true", help="print the sbatch file; queue nothing")
+    return parse
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Options may stand before, between and after the overrides."""
+    form = parser()
+    options, rest = form.parse_known_args(argv)
+    for word in rest:
+        if word.startswith("-"):
+            near = difflib.get_close_matches(word.partition("=")[0], form._option_string_actions, n=1)
+            raise UserError(f"unknown option {word}" + (f"; did you mean {near[0]}?" if near else ""))
+    options.overrides += rest
+    return options
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    """Check, submit, and follow if asked to."""
+    options = parse(argv)
+    given = {name: value for name in {*SETTINGS, *SLURM_ONLY} if (value := getattr(options, name)) is not None}
+    settings = cluster_settings(options.cluster_file, given)
+    # Imported when the options are known to be right: these take seconds.
+    from nldist.launch.submit import choose_cluster, members, sbatch_text, seeds, share_cores, submit
+
+    sweeps = [*options.sweep, *([seeds(options.array_seeds)] if options.array_seeds else [])]
+    configs = members(options.config, options.overrides, sweeps)
+    root = configs[0].run.dir if len(configs) == 1 else configs[0].run.dir.parent
+    folder = (root / "logs").absolute()
+    if options.dry_run:
+        check(configs, settings)
+        print(sbatch_text(configs, folder, root.name, settings))
+        return 0
+    cluster = choose_cluster(options.cluster, settings)
+    refuse(options, cluster, len(configs))
+    check(configs, settings)
+    claim(configs)
+    share_cores(settings)
+    stages = chain(configs[0]) if options.stages else None
+    jobs = []
+    for submission in submit(configs, cluster, folder, settings, stages):
+        jobs += submission.jobs
+        print("\n".join(report(submission.stage, submission.jobs)), flush=True)
+    print("\n".join(advice(configs, root, cluster, [job.job_id for job in jobs])), flush=True)
+    if cluster == "debug":
+        return max(job.result() for job in jobs)
+    if not options.wait:
+        return 0
+    from nldist.launch.follow import wait
+
+    return wait(jobs)
+
+
+def refuse(options: argparse.Namespace, cluster: str, num_members: int) -> None:
+    """Options that contradict the cluster."""
+    if cluster == "slurm":
+        return
+    for name in SLURM_ONLY:
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is for Slurm; leave it out with --cluster {cluster}")
+    if options.stages:
+        raise UserError(
+            f"--stages makes jobs that wait for each other; with --cluster {cluster} one job runs all stages"
+        )
+    if num_members > 1:
+        raise UserError(f"an array of {num_members} runs is for Slurm; with --cluster {cluster} start them one by one")
+
+
+def check(configs: list[Config], settings: ClusterSettings) -> None:
+    """Refuse what the first run would refuse when it starts: data, labels, model, batch sizes."""
+    from nldist.dryrun import dry_run
+
+    for _ in dry_run(configs[0], settings.num_ranks):
+        pass
+
+
+def claim(configs: list[Config]) -> None:
+    """Refuse run directories that cannot be written, are in use, or hold runs with other settings."""
+    from nldist.run import RunDirectory
+
+    for config in configs:
+        run = RunDirectory(config.run.dir)
+        run.claim(config)
+        run.release()
+
+
+def chain(config: Config) -> list[str]:
+    """The stages of the configured method, the training last."""
+    from nldist.stages import CHAINS, MAIN
+
+    return [*CHAINS.get(config.method.name, ()), MAIN]
+
+
+def report(stage: str | None, jobs: list) -> Iterator[str]:
+    """A line per job."""
+    for job in jobs:
+        what = f" ({stage})" if stage else ""
+        yield f"job {job.job_id}{what}: {job.paths.stdout}"
+
+
+def advice(configs: list[Config], root: Path, cluster: str, ids: list[str]) -> Iterator[str]:
+    """Where to look, and what to type next."""
+    run = configs[0].run.dir
+    yield f"runs in    {root}" + (f" ({len(configs)} of them)" if len(configs) > 1 else "")
+    if configs[0].track.enabled:
+        uri = configs[0].track.uri or f"sqlite:///{run.absolute().parent / 'mlflow.db'}"
+        yield f"MLflow     {uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {shlex.quote(uri)}'}"
+    yield f"to follow  nldist status {shlex.quote(str(run))}"
+    if cluster == "slurm":
+        yield f"to cancel  scancel {' '.join(dict.fromkeys(name.partition('_')[0] for name in ids))}"
+    elif cluster == "local":
+        yield f"to stop    kill {ids[0]} (saved; the same command goes on)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Jobs on a cluster or on this machine, through submitit: a thin face on `nldist.stages.train`."""

@@ -1,0 +1,200 @@
+"""From a configuration to queued jobs: members of an array, stages that depend on each other, executors."""
+
+import itertools
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import submitit
+from submitit.core.utils import FailedJobError
+
+from nldist.config import Config
+from nldist.config_file import load_config
+from nldist.errors import UserError
+from nldist.launch.job import TrainJob
+from nldist.launch.settings import ClusterSettings
+from nldist.launch.slurm import check_partition, has_slurm
+
+Cluster = Literal["slurm", "local", "debug"]
+MAIN = "train"
+_UNLIMITED_MINUTES = 60 * 24 * 365
+_ARRAY_PARALLELISM = 256
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Jobs that were queued for one stage (or all): one, or one per member of an array."""
+
+    stage: str | None
+    jobs: list[submitit.Job[int]]
+
+
+def members(path: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list[Config]:
+    """One configuration, or one for each combination of the sweeps' values.
+
+    Args:
+        path, overrides: of `load_config`.
+        sweeps: KEY=VALUE,VALUE,... The runs' directories are below run.dir, named after their values.
+
+    Raises:
+        UserError: as `load_config`, or a sweep is malformed.
+    """
+    if not sweeps:
+        return [load_config(path, overrides)]
+    axes = []
+    for sweep in sweeps:
+        key, equals, values = sweep.partition("=")
+        if not equals or not values or key == "run.dir":
+            raise UserError(f"sweep '{sweep}' must look like optim.lr=0.01,0.02")
+        axes.append([f"{key}={value}" for value in values.split(",")])
+    root = load_config(path, overrides).run.dir
+    combinations = list(itertools.product(*axes))
+    return [load_config(path, [*overrides, *each, f"run.dir={root / ','.join(each)}"]) for each in combinations]
+
+
+def seeds(text: str) -> str:
+    """The sweep that "0-4" or "0,2,5" of --array-seeds stands for.
+
+    Raises:
+        UserError: it is neither.
+    """
+    numbers: list[int] = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            numbers += range(int(first), int(last or first) + 1)
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise UserError(f"--array-seeds {text!r} must look like 0-4 or 0,2,5")
+    return f"run.seed={','.join(map(str, numbers))}"
+
+
+def choose_cluster(wanted: Cluster | None, settings: ClusterSettings) -> Cluster:
+    """Slurm where it is installed, this machine elsewhere; refuses (UserError) what the choice cannot do."""
+    cluster = wanted or ("slurm" if has_slurm() else "local")
+    if cluster == "slurm":
+        if not has_slurm():
+            raise UserError("--cluster slurm: there is no sbatch here; submit from a login node or use --cluster local")
+        check_partition(settings.partition)
+    elif settings.nodes > 1:
+        raise UserError(f"--cluster {cluster} has one node, not {settings.nodes}; leave --nodes out, or use slurm")
+    elif cluster == "debug" and settings.num_ranks > 1:
+        raise UserError(f"--cluster debug runs one rank in this process, not {settings.num_ranks}; use --cluster local")
+    return cluster
+
+
+def executor(cluster: Cluster, folder: Path, name: str, settings: ClusterSettings) -> submitit.AutoExecutor:
+    """submitit's executor with the settings; its log files, one per rank, are in `folder`."""
+    chosen = submitit.AutoExecutor(folder=folder, cluster=cluster)
+    parameters: dict[str, Any] = {
+        "name": name,
+        "nodes": settings.nodes,
+        "tasks_per_node": settings.ranks_per_node,
+        "timeout_min": settings.minutes if cluster == "slurm" else _UNLIMITED_MINUTES,
+        "slurm_signal_delay_s": settings.grace_seconds,
+        "slurm_setup": _setup(settings),
+        # Its argument is the exit code of srun, which is the command before.
+        "slurm_teardown": [
+            f"{shlex.quote(sys.executable)} -m nldist.launch.requeue $? "
+            f"{shlex.quote(str(folder))} {settings.max_crashes}"
+        ],
+        # Where a rank dies the others must not wait for it.
+        "slurm_srun_args": ["--kill-on-bad-exit=1"],
+        "slurm_additional_parameters": {"requeue": True, **settings.sbatch},
+        "slurm_array_parallelism": _ARRAY_PARALLELISM,
+    }
+    for option in ("gpus_per_node", "cpus_per_task", "mem_gb"):
+        parameters[option] = getattr(settings, option) or None
+    for option in ("partition", "account", "constraint", "qos"):
+        parameters[f"slurm_{option}"] = getattr(settings, option)
+    chosen.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
+    return chosen
+
+
+def _setup(settings: ClusterSettings) -> list[str]:
+    """Threads wait for each other asleep: spinning ones take the cores from ranks and data workers."""
+    threads = settings.cpus_per_task or 1
+    return [f"export OMP_NUM_THREADS={threads}", "export OMP_WAIT_POLICY=passive", *settings.setup]
+
+
+def sbatch_text(configs: Sequence[Config], folder: Path, name: str, settings: ClusterSettings) -> str:
+    """The batch file that would be submitted."""
+    slurm = executor("slurm", folder, name, settings)._executor
+    assert isinstance(slurm, submitit.SlurmExecutor)
+    if len(configs) > 1:
+        slurm.parameters["map_count"] = len(configs)
+    text: str = slurm._make_submission_file_text(slurm._submitit_command_str, "")
+    return text
+
+
+def submit(
+    configs: Sequence[Config],
+    cluster: Cluster,
+    folder: Path,
+    settings: ClusterSettings,
+    stages: Sequence[str] | None,
+) -> Iterator[Submission]:
+    """Queue the jobs, one after the other as they are asked for.
+
+    Args:
+        configs: of the members of an array; one is a job of its own.
+        cluster, settings: where, and with what.
+        folder: of log files.
+        stages: a job for each of these, which starts when the one before has ended well; None = one job for all.
+
+    Raises:
+        UserError: Slurm refused.
+    """
+    before: Submission | None = None
+    for stage in stages if stages is not None else [None]:
+        name = configs[0].run.dir.parent.name if len(configs) > 1 else configs[0].run.dir.name
+        chosen = executor(cluster, folder, name if stage is None else f"{name}-{stage}", settings)
+        if before is not None:
+            chosen.update_parameters(slurm_dependency=_dependency(before))
+        port = free_port() if cluster != "slurm" else None
+        jobs = [TrainJob(config, [stage] if stage else None, port) for config in configs]
+        before = Submission(stage, _queue(chosen, jobs))
+        yield before
+
+
+def _dependency(before: Submission) -> str:
+    """Of an array every member waits for its own forerunner."""
+    first = before.jobs[0].job_id
+    return f"aftercorr:{first.partition('_')[0]}" if len(before.jobs) > 1 else f"afterok:{first}"
+
+
+def _queue(chosen: submitit.AutoExecutor, jobs: Sequence[TrainJob]) -> list[submitit.Job[int]]:
+    # Ctrl-C goes to all processes of a terminal. Ranks save then; submitit's controller would kill them, so it is deaf.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        if len(jobs) == 1:
+            return [chosen.submit(jobs[0])]
+        with chosen.batch():
+            return [chosen.submit(job) for job in jobs]
+    except FailedJobError as error:
+        raise UserError(f"Slurm refused the job: {str(error).strip().splitlines()[-1]}") from None
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def share_cores(settings: ClusterSettings) -> None:
+    """Threads of the ranks on this machine, where the environment does not say."""
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // settings.ranks_per_node)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

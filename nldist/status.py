@@ -1,0 +1,83 @@
+"""How a run is doing, in RUN/status.json: written by rank 0, read by `nldist status` and by the launcher."""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nldist.dist.environment import job_id, num_restarts
+from nldist.errors import UserError, one_line
+from nldist.files import write_text
+from nldist.progress import clock
+
+STATUS_FILE = "status.json"
+_SILENT_SECONDS = 120  # without a sign of life: a line comes every track.every_seconds
+
+
+class StatusFile:
+    """The facts about a run that change while it runs. On ranks other than 0 it does nothing."""
+
+    def __init__(self, run_dir: Path, *, writes: bool = True) -> None:
+        self._path, self._writes = run_dir / STATUS_FILE, writes
+        self._facts: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def of_job(self, world_size: int) -> Iterator[None]:
+        """Record where the run runs, and its failure if it ends so."""
+        self.update(
+            state="running",
+            world_size=world_size,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            job=job_id(),
+            num_restarts=num_restarts(),
+            started=time.time(),
+        )
+        try:
+            yield
+        except BaseException as error:
+            self.update(state="failed", error=one_line(error))
+            raise
+
+    def update(self, **facts: Any) -> None:
+        """Set these facts, keep the others."""
+        if self._writes:
+            self._facts |= facts | {"updated": time.time()}
+            write_text(self._path, json.dumps(self._facts, indent=2) + "\n")
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """What RUN/status.json holds.
+
+    Raises:
+        UserError: no job has begun there.
+    """
+    try:
+        facts: dict[str, Any] = json.loads((run_dir / STATUS_FILE).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{run_dir} has no {STATUS_FILE}: no job has begun there") from None
+    return facts
+
+
+def describe(facts: dict[str, Any], now: float) -> Iterator[str]:
+    """A run's status as lines for people, at time `now` (seconds since 1970)."""
+    silent = now - facts["updated"]
+    state = facts["state"]
+    if state == "running" and silent > _SILENT_SECONDS:
+        state = f"silent: no sign of life for {clock(silent)}; killed, or in a step that takes so long"
+    yield f"state     {state}" + (f" ({facts['error']})" if facts.get("error") else "")
+    if "place" in facts:
+        yield f"at        {facts['place']}"
+    if "step" in facts:
+        yield f"step      {facts['step']} of {facts['num_steps']} of this pass, {facts['images_per_second']:,.0f} img/s"
+    if "ends" in facts and facts["state"] == "running":
+        yield f"left      {clock(max(facts['ends'] - now, 0))} of stage {facts['stage']} at the last epoch's pace"
+    for name, value in facts.get("metrics", {}).items():
+        yield f"          {name} {value:.4g}"
+    job = f"job {facts['job']}" if facts["job"] else f"process {facts['pid']}"
+    yield f"runs as   {job} on {facts['host']}, {facts['world_size']} rank(s), restarts: {facts['num_restarts']}"
+    yield f"heard of  {clock(silent)} ago; running for {clock(facts['updated'] - facts['started'])}"
