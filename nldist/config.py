@@ -76,14 +76,28 @@ class ModelSection(Section):
     compile: bool = Field(False, description="torch.compile the network")
 
 
+Optimizer = Literal["sgd", "adam", "lars", "lamb"]
+
+
 class OptimSection(Section):
     """The optimiser and its learning rate."""
 
-    name: Literal["sgd", "adam"] = "sgd"
-    lr: float = Field(0.02, gt=0, description="learning rate at the per-rank batch size of the configuration")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
+    name: Optimizer = "sgd"
+    lr: float = Field(0.02, gt=0, description="learning rate for a global batch of lr_batch samples")
+    lr_batch: int | None = Field(
+        None,
+        ge=1,
+        description="samples per optimiser step of all ranks that lr is meant for; none = for any number",
+    )
+    lr_rule: Literal["linear", "sqrt", "none"] = Field(
+        "linear", description="how lr grows with the global batch: in proportion, with its root, not at all"
+    )
+    lr_rule_epochs: float = Field(
+        5.0, ge=0, description="epochs over which lr grows from its own value to the larger one that the rule gives"
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD and LARS")
     weight_decay: float = Field(5e-4, ge=0)
-    nesterov: bool = Field(False, description="of SGD")
+    nesterov: bool = Field(False, description="of SGD and LARS")
     schedule: Literal["step", "cosine"] = Field("step", description="step: times gamma at each milestone")
     milestones: list[int] = Field([], description="epochs at which schedule=step multiplies the rate by gamma")
     gamma: float = Field(0.1, gt=0, le=1)
@@ -128,7 +142,7 @@ class PretextOptim(OptimSection):
 class ClusterOptim(OptimSection):
     """The optimiser of stage cluster; SCAN's values."""
 
-    name: Literal["sgd", "adam"] = "adam"
+    name: Optimizer = "adam"
     lr: float = Field(1e-4, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
 

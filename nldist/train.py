@@ -15,7 +15,7 @@ from nldist.config import Config
 from nldist.data.index import Index
 from nldist.data.stream import Stream
 from nldist.dist.checkpoint import Checkpoints, Position
-from nldist.dist.engine import learning_rate
+from nldist.dist.engine import batch_factor
 from nldist.dist.stop import REQUEST, Stop
 from nldist.dist.table import SampleTable
 from nldist.dist.world import World
@@ -96,6 +96,7 @@ class Trainer:
         self._steps_since_save, self._steps_since_check = 0, 0
         self._stop = Stop.NONE
         self._resume()
+        self._say_batch()
         self._began = time.perf_counter() - self.record["seconds"]
         if self.world.is_main:
             run.write_config(self.config)
@@ -113,6 +114,27 @@ class Trainer:
             self.method.load_rank_state_dict(rank["method"])
             self.meter, self._bad_before = Meter(rank["meter"]), rank["num_bad"]
         self._say(f"resumed from {path.name} with {self.world.size} rank(s), written by {shared['world_size']}")
+        if shared["world_size"] != self.world.size:
+            self._say(self._what_changes(shared["world_size"]))
+
+    def _what_changes(self, size_before: int) -> str:
+        """What another number of ranks means for learning."""
+        optim, batch = self.config.optim, self.context.global_batch
+        before = batch // self.world.size * size_before
+        rule = "lr stays (optim.lr_batch is not set)"
+        if optim.lr_batch is not None:
+            factors = [batch_factor(optim, size) for size in (before, batch)]
+            rule = f"lr {optim.lr * factors[0]:.4g} -> {optim.lr * factors[1]:.4g} (optim.lr_rule={optim.lr_rule})"
+        return f"another number of ranks: global batch {before} -> {batch}, {rule}; batches are other ones from here on"
+
+    def _say_batch(self) -> None:
+        factor = batch_factor(self.config.optim, self.context.global_batch)
+        if factor != 1:
+            optim = self.config.optim
+            self._say(
+                f"global batch {self.context.global_batch} instead of {optim.lr_batch}: "
+                f"lr {optim.lr:.4g} x {factor:.3g} (optim.lr_rule={optim.lr_rule})"
+            )
 
     def _open_tracker(self) -> Tracker:
         if not self.world.is_main:
@@ -242,7 +264,7 @@ class Trainer:
         """Log the epoch, keep its weights, and save."""
         metrics = self.record["epoch"] | {
             "phase": phase.name,
-            "learning_rate": learning_rate(self.config.optim, epoch, max(self.num_epochs, 1)),
+            "learning_rate": self.context.learning_rate(epoch),
             "gpu_memory_gib": peak_memory_gib(self.world.device),
         }
         score = float(metrics.get(self.method.score, math.nan))

@@ -13,7 +13,7 @@ from torch import Tensor
 from nldist.data.plan import Plan
 from nldist.data.stream import Batch
 from nldist.data.views import View
-from nldist.dist.engine import Engine, learning_rate
+from nldist.dist.engine import Engine
 from nldist.errors import UserError
 from nldist.estimate.mixture import Mixture
 from nldist.methods.context import Context
@@ -179,8 +179,7 @@ class EnginePass(Pass):
 
     def descend(self, loss: Tensor, step: int) -> None:
         """One optimiser step from `loss` at the scheduled learning rate."""
-        config = self.context.config
-        self.engine.step(loss, learning_rate(config.optim, self.progress(step), config.train.epochs))
+        self.engine.step(loss, self.context.learning_rate(self.progress(step)))
 
     def finish(self) -> Metrics:
         """See Pass."""

@@ -16,7 +16,7 @@ from nldist.data.index import Index
 from nldist.data.plan import Plan, shuffled, sweep
 from nldist.data.stream import Batch, Stream
 from nldist.data.views import View
-from nldist.dist.engine import Engine
+from nldist.dist.engine import Engine, batch_factor, learning_rate
 from nldist.dist.table import SampleTable
 from nldist.dist.world import World
 from nldist.models import Classifier, build_model
@@ -42,6 +42,16 @@ class Context:
         self.strong_view = View(views.strong, data.mean, data.std) if views.strong else None
         self.eval_view = View(views.eval, data.mean, data.std)
         self._cache = ShardCache(data.cache_dir, int(data.cache_gib * 2**30)) if data.cache_dir else None
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per optimiser step of one network, over all ranks."""
+        return self.config.train.batch_size * self.world.size * self.config.optim.accumulate
+
+    def learning_rate(self, epoch: float) -> float:
+        """The scheduled learning rate at a (fractional) epoch, for the global batch."""
+        optim = self.config.optim
+        return learning_rate(optim, epoch, max(self.config.train.epochs, 1), batch_factor(optim, self.global_batch))
 
     def fingerprint(self, *, labels: bool = True) -> str:
         """Names the training samples, their order and their labels: what per-sample state belongs to."""

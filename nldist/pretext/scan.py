@@ -14,7 +14,7 @@ from nldist.data.plan import Plan
 from nldist.data.stream import Batch
 from nldist.data.views import View
 from nldist.dist.checkpoint import load_file
-from nldist.dist.engine import Engine, learning_rate
+from nldist.dist.engine import Engine
 from nldist.errors import UserError
 from nldist.losses import agreement, mean_negative_entropy
 from nldist.methods.base import Batches, EnginePass, EvaluationPass, Method, Metrics, Pass, Phase
@@ -85,7 +85,7 @@ class Scan(Method):
                 batch_size=self.settings.batch_size,
                 lambda_e=self.settings.lambda_e,
                 num_heads=self.settings.num_heads,
-                rate=lambda progress: learning_rate(context.config.optim, progress, self.settings.epochs),
+                rate=context.learning_rate,
                 population=self.anchors,
             )
         ]

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from nldist.config import Config
-from nldist.dist.engine import Engine, learning_rate
+from nldist.dist.engine import Engine, batch_factor, build_optimizer, learning_rate
 from nldist.dist.world import World
 from tests.ranks import run_ranks
 
@@ -100,3 +100,41 @@ def test_learning_rate_schedules() -> None:
     )
     cosine = config(lr=0.4, schedule="cosine", min_lr=4e-4).optim
     assert [learning_rate(cosine, e, 500) for e in (0, 250, 500)] == pytest.approx([0.4, 0.2002, 4e-4])
+
+
+def test_the_rate_follows_the_global_batch() -> None:
+    assert batch_factor(config().optim, 4096) == 1, "no rule without the batch that lr is meant for"
+    assert batch_factor(config(lr_batch=128).optim, 512) == 4
+    assert batch_factor(config(lr_batch=128).optim, 32) == 0.25
+    assert batch_factor(config(lr_batch=128, lr_rule="sqrt").optim, 512) == 2
+    assert batch_factor(config(lr_batch=128, lr_rule="none").optim, 512) == 1
+    optim = config(lr=0.1, milestones=[6], lr_rule_epochs=4).optim
+    rates = [learning_rate(optim, e, 10, 3.0) for e in (0, 2, 4, 6)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.03]), "grown into, then the schedule's"
+    assert learning_rate(optim, 0, 10, 0.5) == pytest.approx(0.05), "a smaller one at once"
+
+
+@pytest.mark.parametrize(("name", "rate"), [("lars", 0.5), ("lamb", 0.01)])
+def test_layerwise_optimisers_leave_biases_and_norms_out(name: str, rate: float) -> None:
+    """Their decay and adaptation is for weights (You et al., arXiv 1708.03888 and 1904.00962)."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    optimizer = build_optimizer(model, config(name=name, lr=rate, weight_decay=0.1).optim)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    weight, *others = [(p - b).abs().max().item() for p, b in zip(model.parameters(), before, strict=True)]
+    assert weight > 0, "decay"
+    assert others == [0, 0, 0]
+
+
+def test_lars_scales_each_layer_by_its_norms() -> None:
+    """You et al., arXiv 1708.03888, equation 6 (our own reference), first step."""
+    model = nn.Linear(4, 3)
+    optimizer = build_optimizer(model, config(name="lars", lr=0.5, weight_decay=0.1).optim)
+    weight = model.weight.detach().clone()
+    gradient = torch.randn(3, 4)
+    model.weight.grad = gradient.clone()
+    optimizer.step()
+    local = 0.001 * weight.norm() / (gradient.norm() + 0.1 * weight.norm())
+    torch.testing.assert_close(model.weight.detach(), weight - 0.5 * local * (gradient + 0.1 * weight))
