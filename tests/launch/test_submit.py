@@ -1,0 +1,187 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher.submit import main
+from nldist.launch.settings import ClusterSettings
+from nldist.launch.submit import members, sbatch_text, seeds
+from tests.conftest import REPOSITORY
+from tests.test_train import assert_same_weights, epoch_records
+
+DIGITS = REPOSITORY / "tests" / "digits.yaml"
+Start = Callable[[Path], subprocess.Popen[str]]
+GOLDEN = Path(__file__).with_name("sbatch.golden")
+SHORT = ("train.epochs=3", "method.dividemix.warmup_epochs=1", "dist.device=cpu", "train.checkpoint_every_steps=5")
+
+
+@pytest.fixture
+def slurm_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Slurm is not installed: commands that are only looked for. (tests/slurm has a real cluster.)"""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name in ("srun", "sbatch"):
+        (commands / name).write_text("#!/bin/sh\nexit 1\n")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("slurm_commands")
+def test_the_batch_file_is_the_golden_one(digits: Path) -> None:
+    configs = members(DIGITS, [f"data.root={digits}", "run.dir=runs/x"], ["run.seed=0,1", "optim.lr=0.1"])
+    assert [str(config.run.dir) for config in configs] == [f"runs/x/run.seed={seed},optim.lr=0.1" for seed in (0, 1)]
+    settings = ClusterSettings(
+        partition="gpu", account="vision", nodes=2, gpus_per_node=8, cpus_per_task=6, setup=["module load cuda"]
+    )
+    text = sbatch_text(configs, Path("/runs/x/logs"), "x", settings)
+    assert text.replace(sys.executable, "PYTHON") == GOLDEN.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "sweep"), [("0-2", "run.seed=0,1,2"), ("3", "run.seed=3"), ("0,5-6", "run.seed=0,5,6")]
+)
+def test_seeds(text: str, sweep: str) -> None:
+    assert seeds(text) == sweep
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--nodse", "2"], "unknown option --nodse; did you mean --nodes?"),
+        (["--nodes", "two"], "invalid int value: 'two'"),
+        (["--nodes", "2"], "--cluster local has one node, not 2"),
+        (["--partition", "gpu"], "--partition is for Slurm; leave it out with --cluster local"),
+        (["--stages"], "with --cluster local one job runs them all"),
+        (["--array-seeds", "0-1"], "an array of 2 runs is for Slurm"),
+        (["--array-seeds", "many"], "must look like 0-4"),
+        (["--sweep", "optim.lr"], "must look like optim.lr=0.01,0.02"),
+        (["data.root=nowhere"], "nowhere"),
+        (["data.label_set=sym99"], "sym99"),
+        (["train.epoch=1"], "did you mean train.epochs?"),
+        (["--tasks-per-node", "2000"], "too few for 2000 ranks"),
+    ],
+)
+def test_wrong_options_are_one_line_before_anything_starts(
+    arguments: list[str], words: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(DIGITS), f"data.root={digits}", f"run.dir={tmp_path}/run", "--cluster", "local", *arguments]
+    assert main(given) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def start(digits: Path) -> Iterator[Start]:
+    """Starts two local ranks through the launcher, in a session of their own; ends what a failed test has left."""
+    jobs: list[subprocess.Popen[str]] = []
+
+    def begin(run_dir: Path) -> subprocess.Popen[str]:
+        jobs.append(submit(run_dir, digits))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        if job.poll() is None:
+            for process in [*psutil.Process(job.pid).children(recursive=True), job]:
+                process.kill()
+            job.wait()
+
+
+def submit(run_dir: Path, digits: Path) -> subprocess.Popen[str]:
+    settings = (f"data.root={digits}", f"run.dir={run_dir}", "track.every_seconds=0.2", "track.enabled=false", *SHORT)
+    command = [
+        sys.executable,
+        "launcher/submit.py",
+        str(DIGITS),
+        *settings,
+        "--cluster",
+        "local",
+        "--tasks-per-node=2",
+        "--wait",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_step(run_dir: Path, num_steps: int) -> None:
+    """Until the run's first pass has done so many steps."""
+    for _ in range(1800):
+        time.sleep(0.1)
+        status = run_dir / "status.json"
+        if status.exists() and json.loads(status.read_text()).get("step", 0) >= num_steps:
+            return
+    raise AssertionError(f"{run_dir} has not come to step {num_steps}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    job = submit(run_dir, digits)
+    text, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, text
+    for part in ("epoch 3/3", "COMPLETED", f"nldist status {run_dir}", f"runs in    {run_dir}"):
+        assert part in text
+    return run_dir
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(start: Start, undisturbed: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    job = start(run_dir)
+    wait_for_step(run_dir, 4)
+    os.killpg(job.pid, signal.SIGINT)  # as a terminal does
+    text, _ = job.communicate(timeout=120)
+    assert job.returncode == 1
+    assert "all saved" in text
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "stopped"
+    job = start(run_dir)
+    text, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, text
+    assert "resumed from" in text
+    assert_same_weights(undisturbed, run_dir)
+    assert epoch_records(undisturbed) == epoch_records(run_dir)
+
+
+def test_a_killed_rank_ends_the_job_and_leaves_no_process(start: Start, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    job = start(run_dir)
+    wait_for_step(run_dir, 2)
+    processes = psutil.Process(job.pid).children(recursive=True)
+    ranks = [p for p in processes if "submitit.core._submit" in p.cmdline()]
+    os.kill(max(p.pid for p in ranks), signal.SIGKILL)
+    text, _ = job.communicate(timeout=120)
+    assert job.returncode == 1, text
+    assert "ended: FAILED" in text
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert not alive
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_job_at_the_user_s_signal_is_started_again(start: Start, undisturbed: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    job = start(run_dir)
+    wait_for_step(run_dir, 3)
+    processes = psutil.Process(job.pid).children(recursive=True)
+    for process in processes:
+        if "submitit.core._submit" in process.cmdline():
+            process.send_signal(signal.SIGUSR2)
+    text, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, text
+    assert "this job is to be started again" in text
+    assert_same_weights(undisturbed, run_dir)
