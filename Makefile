@@ -16,14 +16,14 @@ setup: .venv/.ready
 	touch $@
 
 DEMO := runs/demo
-TRAIN := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(RANKS) -m nldist.cli train configs/demo.yaml
+SUBMIT := $(BIN)/python launcher/submit.py configs/demo.yaml --cluster local --tasks-per-node $(RANKS) --wait
 
 demo: setup
 	$(BIN)/python tools/shard.py digits $(DEMO)/data --name digits
 	$(BIN)/python tools/noise.py $(DEMO)/data --model symmetric --rate 0.8 --seed 0 --name sym80
-	OMP_NUM_THREADS=1 $(TRAIN) method.name=cross_entropy run.dir=$(DEMO)/cross_entropy
-	OMP_NUM_THREADS=1 $(TRAIN) method.name=dividemix run.dir=$(DEMO)/dividemix
-	OMP_NUM_THREADS=1 $(TRAIN) method.name=scanmix run.dir=$(DEMO)/scanmix
+	$(SUBMIT) method.name=cross_entropy run.dir=$(DEMO)/cross_entropy
+	$(SUBMIT) method.name=dividemix run.dir=$(DEMO)/dividemix
+	$(SUBMIT) method.name=scanmix run.dir=$(DEMO)/scanmix
 	@echo; echo "Digits, 80 % of the labels drawn at random, $(RANKS) ranks:"; echo
 	@$(BIN)/nldist compare $(DEMO)/cross_entropy $(DEMO)/dividemix $(DEMO)/scanmix --json $(DEMO)/table.json
 	@echo; echo "Plots:"; ls $(DEMO)/*/plots/*.png $(DEMO)/stages/*/plots/*.png

@@ -191,6 +191,7 @@ class Trainer:
 
     def _run_pass(self, task: Pass, title: str) -> bool:
         """Run one pass from the present position to its end; False if stopped on the way, with all saved."""
+        sent_before = self.world.sent_bytes
         plan, start = task.plan(), self.position.step
         task.start(plan.num_steps, start)
         stream = self._stream = self.context.stream(task.split, plan, start)
@@ -206,6 +207,7 @@ class Trainer:
             if not self._continue_after(task, step + 1):
                 return False
         self._finish_pass(task, stream, watch)
+        self.record["epoch"][f"{task.name}/sent_mib"] = (self.world.sent_bytes - sent_before) / 2**20
         self.position = Position(self.position.epoch, self.position.pass_index + 1, 0)
         return True
 

@@ -53,7 +53,7 @@ def test_killed_at_ten_random_steps_ends_with_the_same_weights(undisturbed: Path
 
 def epoch_records(run_dir: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("time", "images_per_second", "data_wait_share")
+    timed = ("time", "images_per_second", "data_wait_share", "sent_mib")  # measured since the last start
     return [
         {name: value for name, value in record.items() if not name.endswith(timed)}
         for record in records

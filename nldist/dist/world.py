@@ -6,8 +6,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -34,12 +34,18 @@ class World:
 
     Collectives work on CPU tensors (gloo) and, where there are GPUs, on CUDA tensors (nccl). With one rank
     they are identities and no process group exists.
+
+    Attributes:
+        sent_bytes: what this rank has sent to others, as ring algorithms send it (Patarasuk and Yuan 2009): an
+            all-reduce of n bytes sends 2 n (W - 1) / W, an all-gather of n bytes each n (W - 1), an all-to-all what
+            is for others. Objects and barriers, of some bytes, are not counted.
     """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    sent_bytes: float = field(default=0.0, compare=False)
 
     @classmethod
     def single(cls) -> "World":
@@ -95,7 +101,28 @@ class World:
         """Reduce `tensor` over the ranks in place and return it."""
         if self.size > 1:
             dist.all_reduce(tensor, _OPERATIONS[op])
+            self.count_all_reduce(tensor.nbytes)
         return tensor
+
+    def count_all_reduce(self, num_bytes: int) -> None:
+        """Count an all-reduce that somebody else does, such as DDP's of gradients."""
+        self.sent_bytes += 2 * num_bytes * (self.size - 1) / self.size
+
+    def all_gather_tensor(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's `tensor`, all of one shape, in rank order."""
+        everyone = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(everyone, tensor)
+        self.sent_bytes += tensor.nbytes * (self.size - 1)
+        return everyone
+
+    def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Send the next `sent[r]` rows to each rank r; returns the `received[r]` rows of each r, in rank order."""
+        if self.size == 1:
+            return rows
+        result = rows.new_empty((sum(received), *rows.shape[1:]))
+        dist.all_to_all_single(result, rows.contiguous(), list(received), list(sent))
+        self.sent_bytes += rows.nbytes - sent[self.rank] * rows[:1].nbytes
+        return result
 
     def all_gather(self, array: np.ndarray) -> np.ndarray:
         """Concatenate every rank's `array` of shape (n_r, ...) along the first axis, in rank order."""
@@ -108,8 +135,7 @@ class World:
         mine = torch.zeros(int(lengths.max()) * row_bytes, dtype=torch.uint8)
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         mine[: flat.size] = torch.from_numpy(flat)
-        everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(everyone, mine)
+        everyone = self.all_gather_tensor(mine)
         parts = [t.numpy()[: n * row_bytes] for t, n in zip(everyone, lengths, strict=True)]
         return np.concatenate(parts).view(array.dtype).reshape(-1, *array.shape[1:])
 

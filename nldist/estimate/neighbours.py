@@ -14,7 +14,6 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from nldist.data.index import owned
 from nldist.dist.world import World
@@ -241,11 +240,7 @@ def _training_sample(index: faiss.Index, vectors: np.ndarray, world: World, seed
 
 def _exchange(array: np.ndarray, send: np.ndarray, receive: np.ndarray, world: World) -> np.ndarray:
     """Send the next `send[r]` rows of `array` to each rank r; what they send here, `receive[r]` rows, in rank order."""
-    if world.size == 1:
-        return array
-    out = np.empty((int(receive.sum()), *array.shape[1:]), array.dtype)
-    dist.all_to_all_single(torch.from_numpy(out), torch.from_numpy(array), receive.tolist(), send.tolist())
-    return out
+    return world.all_to_all(torch.from_numpy(array), send.tolist(), receive.tolist()).numpy()
 
 
 def _reason(error: RuntimeError) -> str:

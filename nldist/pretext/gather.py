@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -52,8 +51,7 @@ class _Gather(torch.autograd.Function):
         ctx.world, ctx.counts = world, counts
         padded = rows.new_zeros((max(counts), *rows.shape[1:]))
         padded[: len(rows)] = rows
-        everyone = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(everyone, padded)
+        everyone = world.all_gather_tensor(padded)
         return torch.cat([part[:count] for part, count in zip(everyone, counts, strict=True)])
 
     @staticmethod
@@ -94,21 +92,14 @@ class Exchange:
 
     def shuffle(self, rows: Tensor) -> Tensor:
         """Rows (b', ...) from all ranks, of equal shares, for this rank's `rows` (b, ...). A collective."""
-        return self._send(rows[self._order.to(rows.device)], self._sent, self._received)
+        return self._world.all_to_all(rows[self._order.to(rows.device)], self._sent, self._received)
 
     def restore(self, rows: Tensor) -> Tensor:
         """What other ranks made of this rank's rows, (b, ...) in their first order, for (b', ...). A collective."""
-        back = self._send(rows, self._received, self._sent)
+        back = self._world.all_to_all(rows, self._received, self._sent)
         restored = torch.empty_like(back)
         restored[self._order.to(rows.device)] = back
         return restored
-
-    def _send(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        if self._world.size == 1:
-            return rows
-        result = rows.new_empty((sum(received), *rows.shape[1:]))
-        dist.all_to_all_single(result, rows.contiguous(), received, sent)
-        return result
 
 
 def _share(count: int, source: int, target: int, size: int) -> int:

@@ -58,7 +58,7 @@ def test_seeds(text: str, sweep: str) -> None:
         (["--nodes", "two"], "invalid int value: 'two'"),
         (["--nodes", "2"], "--cluster local has one node, not 2"),
         (["--partition", "gpu"], "--partition is for Slurm; leave it out with --cluster local"),
-        (["--stages"], "with --cluster local one job runs them all"),
+        (["--stages"], "with --cluster local one job runs all stages"),
         (["--array-seeds", "0-1"], "an array of 2 runs is for Slurm"),
         (["--array-seeds", "many"], "must look like 0-4"),
         (["--sweep", "optim.lr"], "must look like optim.lr=0.01,0.02"),
