@@ -51,12 +51,14 @@ class Place:
     def _of_slurm(cls) -> "Place":
         from submitit.slurm.slurm import SlurmJobEnvironment
 
+        num_local = _tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"])[_number("SLURM_NODEID")]
         return cls(
             rank=_number("SLURM_PROCID"),
             size=_number("SLURM_STEP_NUM_TASKS"),
             local_rank=_number("SLURM_LOCALID"),
-            num_local=_tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"])[_number("SLURM_NODEID")],
-            num_threads=_number("SLURM_CPUS_PER_TASK") if "SLURM_CPUS_PER_TASK" in os.environ else None,
+            num_local=num_local,
+            # Not those that it may use: Slurm need not bind a job to its own.
+            num_threads=max(1, _number("SLURM_CPUS_ON_NODE") // num_local),
             address=SlurmJobEnvironment().hostnames[0],
             # Neighbouring jobs and steps have different ports, so that two on one node do not meet.
             port=_FIRST_PORT + (_number("SLURM_JOB_ID") * 8 + _number("SLURM_STEP_ID")) % _NUM_PORTS,

@@ -14,7 +14,7 @@ STEP = {
     "SLURM_NODEID": "2",
     "SLURM_STEP_NUM_TASKS": "5",
     "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
-    "SLURM_CPUS_PER_TASK": "2",
+    "SLURM_CPUS_ON_NODE": "2",
     "SLURM_JOB_NODELIST": "n[07,11-12]",
 }
 

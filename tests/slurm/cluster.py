@@ -122,7 +122,13 @@ class Cluster:
     def start_node(self, node: str) -> None:
         """Start the slurmd of a node and wait until jobs can run there."""
         daemon = self._daemon(node, "slurmd", "-D", "-N", node, "-f", str(self.slurm_conf))
-        daemon.wait_until(lambda: self.node_state(node) in ("idle", "mixed", "allocated", "completing"))
+        daemon.wait_until(lambda: self._is_ready(node))
+
+    def _is_ready(self, node: str) -> bool:
+        try:
+            return self.node_state(node) in ("idle", "mixed", "allocated", "completing")
+        except RuntimeError:  # a controller that has just opened its port may not answer yet
+            return False
 
     def kill_node(self, node: str, tasks: bool = True) -> None:
         """SIGKILL for a node's slurmd and for all that jobs run there, as if the machine had lost its power.

@@ -1,0 +1,185 @@
+"""The launcher on two nodes: what a run survives, with the same end as one that was left alone."""
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.slurm.cluster import Cluster
+from tests.slurm.daemons import until
+from tests.test_train import assert_same_weights, epoch_records
+
+DIGITS = REPOSITORY / "tests" / "digits.yaml"
+SETTINGS = ("train.epochs=4", "method.dividemix.warmup_epochs=1", "dist.device=cpu", "train.checkpoint_every_steps=5")
+NODES = ("--nodes=2", "--tasks-per-node=1", "--cpus-per-task=1", "--time=0:10:00")
+
+
+def launch(*arguments: object, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launcher/submit.py", *map(str, arguments)]
+    # A job inherits this environment, and so where the ranks find nldist.
+    env = env | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+
+
+def submit(slurm: Cluster, digits: Path, run_dir: Path, *arguments: str) -> int:
+    """The number of the job that the launcher has queued."""
+    settings = (f"data.root={digits}", f"run.dir={run_dir}", "track.every_seconds=0.2", *SETTINGS)
+    done = launch(DIGITS, *settings, *NODES, *arguments, env=slurm.env)
+    assert done.returncode == 0, done.stderr
+    return int(re.findall(r"^job (\d+)", done.stdout, re.M)[0])
+
+
+def finish(slurm: Cluster, job: int, run_dir: Path) -> None:
+    """Wait for the good end of a job, of which then nothing is left."""
+    try:
+        slurm.wait_for(job, "COMPLETED", timeout=240)
+    except (RuntimeError, TimeoutError) as error:
+        files = sorted((run_dir / "logs").glob("*_log.*"))
+        logs = [f"{path.name}:\n{path.read_text()[-3000:]}" for path in files]
+        raise AssertionError("\n".join([str(error), *logs])) from error
+    until(lambda: not slurm.processes(job), "no process to be left", timeout=20)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    job = submit(slurm, digits, run_dir)
+    finish(slurm, job, run_dir)
+    return run_dir
+
+
+def wait_for_step(run_dir: Path, place: str, num_steps: int) -> None:
+    """Until the run is so far in a pass of the epoch whose line begins with `place`."""
+
+    def there() -> bool:
+        status = run_dir / "status.json"
+        facts = json.loads(status.read_text()) if status.exists() else {}
+        return bool(facts.get("place", "") >= place and facts.get("step", 0) >= num_steps)
+
+    until(there, f"{run_dir} to come to step {num_steps} of {place}", timeout=180)
+
+
+def test_two_nodes_learn_what_two_local_ranks_learn(
+    slurm: Cluster, digits: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    local = ("--cluster=local", "--tasks-per-node=2", "--wait", "track.enabled=false")
+    done = launch(DIGITS, f"data.root={digits}", f"run.dir={tmp_path / 'run'}", *SETTINGS, *local, env=dict(os.environ))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_weights(tmp_path / "run", undisturbed)
+    assert epoch_records(tmp_path / "run") == epoch_records(undisturbed)
+    facts = json.loads((undisturbed / "status.json").read_text())
+    assert (facts["state"], facts["world_size"], facts["num_restarts"]) == ("done", 2, 0)
+    assert slurm.job(facts["job"])["NodeList"] == "n[1-2]"
+    logs = {path.name for path in (undisturbed / "logs").iterdir()}
+    assert {f"{facts['job']}_{rank}_log.{kind}" for rank in (0, 1) for kind in ("out", "err")} <= logs
+
+
+def preempt(slurm: Cluster, job: int) -> None:
+    slurm.run("scancel", "--signal=USR2", job)
+
+
+def requeue(slurm: Cluster, job: int) -> None:
+    slurm.run("scontrol", "requeue", job)
+
+
+def kill_rank(slurm: Cluster, job: int) -> None:
+    os.kill(slurm.tasks(job)[1].pid, signal.SIGKILL)
+
+
+def kill_node(slurm: Cluster, job: int) -> None:
+    slurm.kill_node("n2")
+    until(lambda: slurm.state(job) != "RUNNING", "Slurm to notice the lost node", timeout=90)
+    slurm.start_node("n2")
+
+
+@pytest.mark.parametrize("disturb", [preempt, requeue, kill_rank, kill_node])
+def test_a_disturbed_job_ends_as_if_left_alone(  # type: ignore[no-untyped-def]
+    disturb, slurm: Cluster, digits: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    job = submit(slurm, digits, run_dir)
+    wait_for_step(run_dir, "epoch 2/4", 3)
+    disturb(slurm, job)
+    finish(slurm, job, run_dir)
+    assert slurm.restarts(job) == 1
+    assert_same_weights(undisturbed, run_dir)
+    assert epoch_records(undisturbed) == epoch_records(run_dir)
+    with sqlite3.connect(tmp_path / "mlflow.db") as store:
+        assert store.execute("select status from runs").fetchall() == [("FINISHED",)]
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Cluster, digits: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    job = submit(slurm, digits, run_dir)
+    wait_for_step(run_dir, "epoch 2/4", 2)
+    slurm.run("scancel", job)
+    slurm.wait_for(job, "CANCELLED")
+    until(lambda: not slurm.processes(job), "no process to be left", timeout=30)
+    time.sleep(2)
+    assert (slurm.state(job), slurm.restarts(job)) == ("CANCELLED", 0)
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "stopped"
+
+
+def test_an_error_of_the_user_is_not_tried_again(slurm: Cluster, digits: Path, tmp_path: Path) -> None:
+    """Found only on the node: a network interface that it does not have."""
+    run_dir = tmp_path / "run"
+    job = submit(slurm, digits, run_dir, "data.cache_dir=/proc/nowhere")
+    with pytest.raises(RuntimeError, match="FAILED"):
+        slurm.wait_for(job, "COMPLETED", timeout=120)
+    assert slurm.restarts(job) == 0
+    assert "error: " in (run_dir / "logs" / f"{job}_0_log.err").read_text()
+
+
+def test_stages_are_jobs_that_wait_for_each_other(slurm: Cluster, digits: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    settings = ("method.name=scanmix", "train.eval_batch_size=128", "track.enabled=false")
+    first = submit(slurm, digits, run_dir, *settings, "--array-seeds=0-1", "--stages")
+    jobs = [first + n for n in range(4)]
+    dependencies = [slurm.job(job)["Dependency"] for job in jobs]
+    assert dependencies[0] == "(null)"
+    for job, dependency in zip(jobs[1:], dependencies[1:], strict=True):
+        assert dependency.startswith(f"aftercorr:{job - 1}_*"), dependencies
+    for job in jobs:
+        for member in (0, 1):
+            slurm.wait_for(f"{job}_{member}", "COMPLETED", timeout=300)
+    for seed in (0, 1):
+        directory = run_dir / f"run.seed={seed}"
+        assert json.loads((directory / "summary.json").read_text())["seed"] == seed
+        assert "cluster: done before" in (run_dir / "logs" / f"{jobs[3]}_{seed}_0_log.out").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--partition=gpu"], "partition gpu does not exist; this cluster has test, urgent"),
+        (["--nodes=500"], "Slurm refused the job: "),
+        (["data.root=nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_line(
+    arguments: list[str], words: str, slurm: Cluster, digits: Path, tmp_path: Path
+) -> None:
+    done = launch(DIGITS, f"data.root={digits}", f"run.dir={tmp_path / 'run'}", *SETTINGS, *arguments, env=slurm.env)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+    assert slurm.run("squeue", "--noheader") == ""
+
+
+def test_the_file_for_sbatch_is_printed_and_nothing_queued(slurm: Cluster, digits: Path, tmp_path: Path) -> None:
+    done = launch(DIGITS, f"data.root={digits}", f"run.dir={tmp_path / 'run'}", *NODES, "--dry-run", env=slurm.env)
+    assert done.returncode == 0, done.stderr
+    script = tmp_path / "job.sh"
+    script.write_text(done.stdout)
+    slurm.run("sbatch", "--test-only", script)
+    assert not (tmp_path / "run").exists()
+    assert slurm.run("squeue", "--noheader") == ""
