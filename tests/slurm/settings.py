@@ -41,6 +41,7 @@ AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort={slurmdbd_port}
 AccountingStoragePass={root}/munge.socket
+MessageTimeout=6
 InactiveLimit=0
 KillWait=10
 MinJobAge=86400
