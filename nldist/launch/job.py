@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import submitit
 
 from nldist.config import Config
-from nldist.dist.stop import EXIT_REQUEUE, REQUEST
+from nldist.dist.stop import EXIT_REQUEUE, EXIT_STOPPED, REQUEST
 from nldist.errors import main_guard
 
 
@@ -37,8 +37,10 @@ class TrainJob:
         code = main_guard(train)(self.config, self.stages)
         if code == 0:
             return code
-        if code == EXIT_REQUEUE:
-            print("this job is to be started again", flush=True)
+        if code == EXIT_STOPPED and self.port is None:
+            # Slurm sends SIGTERM for a preemption and for scancel alike: the batch script sees which it was. And where
+            # a rank dies and SIGTERM ends the others srun gives 143, too: that is no stop with all saved.
+            code = EXIT_REQUEUE
         raise SystemExit(code)
 
     def _meet_here(self, port: int) -> None:

@@ -8,22 +8,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nldist.dist.stop import EXIT_REQUEUE, EXIT_STOPPED
+from nldist.dist.environment import num_restarts
+from nldist.dist.stop import EXIT_REQUEUE
 
-_FINAL = (0, 2, EXIT_STOPPED)  # done, something for the user to put right, stopped by the user
+_OUT_OF_TIME = "TimeLimit"
+_FINAL = (0, 2)  # done; something for the user to put right
 
 
 def main(code: int, folder: Path, max_crashes: int) -> int:
     """Requeue this job where its ranks ended with `code` before they were done; returns the job's exit code.
 
-    A run that stopped before a time limit or a preemption is always started again. One that crashed is so
+    A run that stopped for a time limit or a preemption is always started again. One that crashed is so
     `max_crashes` times: a lost rank is worth another try, an error in every try is not.
     """
     job = os.environ["SLURM_JOB_ID"]
-    # Anything else (cancelled, out of time, requeued by Slurm itself) is decided already.
-    if code in _FINAL or _state(job) != "RUNNING":
+    facts = _facts(job)
+    if code in _FINAL or not _is_ours_to_decide(facts):
         return code
-    if code != EXIT_REQUEUE:
+    if code != EXIT_REQUEUE and facts["Reason"] != _OUT_OF_TIME:
         crashes = folder / f"{job}.crashes"
         num_crashes = len(crashes.read_text().splitlines()) if crashes.exists() else 0
         if num_crashes >= max_crashes:
@@ -36,9 +38,18 @@ def main(code: int, folder: Path, max_crashes: int) -> int:
     return code
 
 
-def _state(job: str) -> str:
-    shown = subprocess.run(["scontrol", "show", "job", job], check=True, capture_output=True, text=True).stdout
-    return next(word.removeprefix("JobState=") for word in shown.split() if word.startswith("JobState="))
+def _is_ours_to_decide(facts: dict[str, str]) -> bool:
+    """Not where Slurm has requeued the job already, nor where somebody cancelled it."""
+    if int(facts["Restarts"]) > num_restarts():
+        return False
+    return facts["JobState"] == "RUNNING" or facts["Reason"] == _OUT_OF_TIME
+
+
+def _facts(job: str) -> dict[str, str]:
+    """JobState, Reason, Restarts and more of what Slurm knows of a job."""
+    command = ["scontrol", "--oneliner", "show", "job", job]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
 
 def _say(text: str) -> None:

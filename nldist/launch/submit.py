@@ -118,9 +118,14 @@ def executor(cluster: Cluster, folder: Path, name: str, settings: ClusterSetting
 
 
 def _setup(settings: ClusterSettings) -> list[str]:
-    """Threads wait for each other asleep: spinning ones take the cores from ranks and data workers."""
+    """Shell lines before srun. Threads wait for each other asleep: spinning ones take the cores from data workers."""
     threads = settings.cpus_per_task or 1
-    return [f"export OMP_NUM_THREADS={threads}", "export OMP_WAIT_POLICY=passive", *settings.setup]
+    return [
+        "trap : TERM USR2  # or this shell would end before it can requeue",
+        f"export OMP_NUM_THREADS={threads}",
+        "export OMP_WAIT_POLICY=passive",
+        *settings.setup,
+    ]
 
 
 def sbatch_text(configs: Sequence[Config], folder: Path, name: str, settings: ClusterSettings) -> str:

@@ -183,5 +183,6 @@ def test_a_job_at_the_user_s_signal_is_started_again(start: Start, undisturbed: 
             process.send_signal(signal.SIGUSR2)
     text, _ = job.communicate(timeout=300)
     assert job.returncode == 0, text
-    assert "this job is to be started again" in text
+    assert "all saved" in text
+    assert "resumed from" in text
     assert_same_weights(undisturbed, run_dir)

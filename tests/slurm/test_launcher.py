@@ -86,6 +86,12 @@ def preempt(slurm: Cluster, job: int) -> None:
     slurm.run("scancel", "--signal=USR2", job)
 
 
+def preempt_really(slurm: Cluster, job: int) -> None:
+    """By a job of a partition with a higher priority, as Slurm is set up at many places: SIGTERM first."""
+    urgent = slurm.run("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 2")
+    slurm.wait_for(urgent, "COMPLETED", timeout=90)
+
+
 def requeue(slurm: Cluster, job: int) -> None:
     slurm.run("scontrol", "requeue", job)
 
@@ -100,7 +106,7 @@ def kill_node(slurm: Cluster, job: int) -> None:
     slurm.start_node("n2")
 
 
-@pytest.mark.parametrize("disturb", [preempt, requeue, kill_rank, kill_node])
+@pytest.mark.parametrize("disturb", [preempt, preempt_really, requeue, kill_rank, kill_node])
 def test_a_disturbed_job_ends_as_if_left_alone(  # type: ignore[no-untyped-def]
     disturb, slurm: Cluster, digits: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -129,9 +135,9 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Cluster, digits: Path,
 
 
 def test_an_error_of_the_user_is_not_tried_again(slurm: Cluster, digits: Path, tmp_path: Path) -> None:
-    """Found only on the node: a network interface that it does not have."""
+    """Found only on the node: it has no GPU."""
     run_dir = tmp_path / "run"
-    job = submit(slurm, digits, run_dir, "data.cache_dir=/proc/nowhere")
+    job = submit(slurm, digits, run_dir, "dist.device=cuda")
     with pytest.raises(RuntimeError, match="FAILED"):
         slurm.wait_for(job, "COMPLETED", timeout=120)
     assert slurm.restarts(job) == 0
