@@ -65,6 +65,7 @@ def test_dry_run_measures_what_the_backward_pass_keeps(digits: Path, capsys: pyt
         (["method.tau=0.6"], "method.dividemix.tau"),
         (["method.dividemix.warmup_epochs=99"], "warmup_epochs"),
         (["dist.device=cuda"], "dist.device=cpu"),
+        (["data.cache_dir=/proc/nowhere"], "data.cache_dir=/proc/nowhere cannot be made"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_line(

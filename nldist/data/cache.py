@@ -32,11 +32,17 @@ class ShardCache:
         cache_dir: the directory, made if need be.
         max_bytes: once the copies are larger than this together, those opened longest ago are removed. Copies
             that this process has open stay (another process's open file outlives its removal).
+
+    Raises:
+        UserError: the directory cannot be made.
     """
 
     def __init__(self, cache_dir: str | Path, max_bytes: int) -> None:
         self.cache_dir, self.max_bytes = Path(cache_dir).absolute(), max_bytes
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache_dir={cache_dir} cannot be made: {error.strerror}; set another one") from None
         self._opened: Counter[str] = Counter()
 
     def open(self, url: str, sha256: str | None = None) -> int:
