@@ -254,6 +254,23 @@ class DistSection(Section):
     interface: Name | None = Field(None, description="network interface of gloo and nccl; none = they choose")
 
 
+class EngineSection(Section):
+    """What trains the networks on all ranks together."""
+
+    name: Literal["ddp", "deepspeed"] = Field("ddp", description="DistributedDataParallel, or DeepSpeed")
+    zero_stage: int = Field(
+        0, ge=0, le=3, description="divided over the ranks: 1 optimiser state, 2 also gradients, 3 also weights"
+    )
+    config: File | None = Field(None, description="JSON file of DeepSpeed's own settings, beside those that are ours")
+
+    @model_validator(mode="after")
+    def _check_name(self) -> "EngineSection":
+        if self.name == "ddp" and (self.zero_stage or self.config is not None):
+            setting = "zero_stage" if self.zero_stage else "config"
+            raise ValueError(f"engine.{setting} is for DeepSpeed; set engine.name=deepspeed, or leave it out")
+        return self
+
+
 class TrackSection(Section):
     """MLflow, on top of the JSON lines that every run writes."""
 
@@ -280,6 +297,7 @@ class Config(Section):
     mine: MineSection = MineSection()
     cluster: ClusterSection | None = Field(None, description="for methods that begin with clustering")
     dist: DistSection = DistSection()
+    engine: EngineSection = EngineSection()
     track: TrackSection = TrackSection()
 
     @model_validator(mode="after")
@@ -287,6 +305,8 @@ class Config(Section):
         divide = self.method.dividemix
         if self.method.name == "scanmix":
             self._check_scanmix()
+        if self.model.compile and self.engine.zero_stage == 3:
+            raise ValueError("model.compile=true cannot be used with engine.zero_stage=3; leave one of them out")
         if self.method.name in ("dividemix", "scanmix") and divide.warmup_epochs > self.train.epochs:
             raise ValueError(
                 f"method.dividemix.warmup_epochs={divide.warmup_epochs} is more than "

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from nldist.config import Config
+from nldist.config import Config, EngineSection
 from nldist.data.plan import sweep
 from nldist.data.stream import Batch
+from nldist.dist.deepspeed_settings import read_own_settings
 from nldist.dist.world import World
 from nldist.methods.base import Method, Phase
 from nldist.methods.build import build_method
@@ -26,7 +27,9 @@ def dry_run(config: Config, world_size: int) -> Iterator[str]:
     Raises:
         UserError: whatever a run with this configuration would refuse.
     """
-    world = World.single()
+    world, engine = World.single(), config.engine
+    read_own_settings(config)
+    config = config.model_copy(update={"engine": EngineSection()})  # whose networks are the same, and sooner there
     context = build_context(config, world)
     check_size(len(context.train), world_size)
     yield from _data_lines(context)
@@ -34,15 +37,15 @@ def dry_run(config: Config, world_size: int) -> Iterator[str]:
         done = " (done before: it will not run)" if RunDirectory(path).summary is not None else ""
         yield f"stage       {name} in {path}{done}"
         stage_context = build_context(stage_config(name, config, path), world)
-        yield from _method_lines(stage_context, STAGES[name].build(stage_context), world_size)
+        yield from _method_lines(stage_context, STAGES[name].build(stage_context), engine, world_size)
     yield f"stage       {MAIN} in {config.run.dir}"
-    yield from _method_lines(context, build_method(context), world_size)
+    yield from _method_lines(context, build_method(context), engine, world_size)
 
 
-def _method_lines(context: Context, method: Method, world_size: int) -> Iterator[str]:
+def _method_lines(context: Context, method: Method, settings: EngineSection, world_size: int) -> Iterator[str]:
     method.check(world_size)
     yield from _phase_lines(context, method, world_size)
-    yield from _memory_lines(context, method, world_size)
+    yield from _memory_lines(context, method, settings, world_size)
 
 
 def _data_lines(context: Context) -> Iterator[str]:
@@ -86,11 +89,10 @@ def _phases(method: Method) -> Iterator[tuple[Phase, int]]:
         epoch += phase.num_epochs
 
 
-def _memory_lines(context: Context, method: Method, world_size: int) -> Iterator[str]:
+def _memory_lines(context: Context, method: Method, settings: EngineSection, world_size: int) -> Iterator[str]:
     engine = method.engines[0]
     num_parameters = sum(p.numel() for p in engine.model.parameters())
-    # Weights, gradients and SGD's momentum or Adam's two moments, in float32.
-    num_copies = 4 if context.config.optim.name == "adam" else 3
+    num_copies = _num_copies(settings.zero_stage, 2 if context.config.optim.name == "adam" else 1, world_size)
     fixed = len(method.engines) * num_copies * 4 * num_parameters + method.extra_bytes
     num_rows = max((task.num_rows for phase, epoch in _phases(method) for task in phase.passes(epoch)), default=0)
     activations = _activation_bytes(context, engine.model) * num_rows
@@ -106,6 +108,16 @@ def _memory_lines(context: Context, method: Method, world_size: int) -> Iterator
     state = context.table.bytes_per_sample
     owned = -(-len(context.train) // world_size)
     yield f"state       {state} bytes per sample, {_mib(state * owned)} on each rank"
+
+
+def _num_copies(zero_stage: int, num_moments: int, world_size: int) -> float:
+    """Tensors of the weights' size, in float32, that a rank keeps of a network while it trains it.
+
+    They are weights, gradients and the optimiser's moments; under ZeRO also a master copy of the weights. What stage n
+    divides over the ranks, stage n - 1 keeps whole. A pass that reads the weights has them whole at stage 3, too.
+    """
+    optimizer, gradients, weights = (1 / world_size if stage <= zero_stage else 1.0 for stage in (1, 2, 3))
+    return (num_moments + (zero_stage > 0)) * optimizer + gradients + weights + (zero_stage == 3)
 
 
 def _largest_batch_bytes(context: Context) -> int:

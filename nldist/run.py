@@ -28,6 +28,7 @@ _FREE = (
     "data.cache_dir",
     "data.cache_gib",
     "dist.",
+    "engine.",
     "track.",
 )
 
@@ -117,8 +118,10 @@ class RunDirectory:
     def save_weights(self, which: str, states: list[dict[str, torch.Tensor]], facts: dict[str, Any]) -> None:
         """Write weights/WHICH.pt: {"networks": [state dict, ...], ...facts}, loadable with weights_only=True."""
         path = self.path / "weights" / f"{which}.pt"
+        # Copies: an engine's tensors may be views into larger ones, which would be saved whole.
+        plain = [{name: value.to("cpu", copy=True) for name, value in state.items()} for state in states]
         try:
-            save_file(facts | {"networks": states}, path)
+            save_file(facts | {"networks": plain}, path)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             raise UserError(f"{path} was not saved: {error}; free some space") from None
 

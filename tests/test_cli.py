@@ -54,10 +54,23 @@ def test_dry_run_measures_what_the_backward_pass_keeps(digits: Path, capsys: pyt
     assert large == pytest.approx(2 * small, rel=0.1)
 
 
+def test_dry_run_counts_what_deepspeed_divides(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fixed(*overrides: str) -> int:
+        arguments = [f"data.root={digits}", "model.name=preact_resnet18", "--world-size", "4", *overrides]
+        assert main(["dry-run", DIGITS, *arguments]) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory")]
+        return int(line.split("about ")[1].split(" MiB")[0])
+
+    whole, divided = fixed(), fixed("engine.name=deepspeed", "engine.zero_stage=2")
+    # weights, gradients, momentum; weights whole, and a quarter of gradients, momentum and master weights
+    assert divided / whole == pytest.approx((1 + 3 / 4) / 3, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["data.root=nowhere"], "nowhere"),
+        (["engine.name=deepspeed", "engine.config=nowhere.json"], "engine.config nowhere.json cannot be read"),
         (["data.label_set=sym99"], "sym50"),
         (["data.eval_split=tset"], "tset"),
         (["model.name=preact_resnet81"], "preact_resnet18"),

@@ -3,12 +3,12 @@
 import contextlib
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import timm.optim
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -63,16 +63,17 @@ def _layerwise(model: nn.Module, optim: OptimSection) -> list[dict[str, Any]]:
     ]
 
 
-class Engine:
-    """A network under DistributedDataParallel with its optimiser.
+class Engine(ABC):
+    """A network that is trained over all ranks, with its optimiser: what methods use. One per network.
 
-    With `partly` a step may leave parts of the network out (a second head, a frozen backbone): their weights and
-    their optimiser state then stay as they are. Batch-norm buffers are rank-local while a pass runs and averaged over
-    the ranks by `finish_pass`: broadcasting them at each forward would overwrite them between the several forwards of
-    one step.
+    Subclasses say how gradients are reduced and what each rank keeps. `model` is the whole network on every rank,
+    a plain module that methods may read, copy and load. Checkpoints are alike: each engine loads what another wrote.
+
+    Batch-norm buffers are rank-local while a pass runs and averaged over the ranks by `finish_pass`: broadcasting
+    them at each forward would overwrite them between the several forwards of one step.
     """
 
-    def __init__(self, model: nn.Module, config: Config, world: World, *, partly: bool = False) -> None:
+    def __init__(self, model: nn.Module, config: Config, world: World) -> None:
         self._world, self._optim, self._autocast = world, config.optim, config.train.autocast == "bf16"
         self._format = torch.channels_last if config.model.channels_last else torch.contiguous_format
         self.model = model.to(world.device, memory_format=self._format)  # type: ignore[call-overload]
@@ -82,25 +83,33 @@ class Engine:
             self.averaged = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
         if config.model.compile:
             self.model.compile()
-        self._ddp: nn.Module = self._wrap(partly) if world.size > 1 else self.model
-        self._optimizer = build_optimizer(self.model, config.optim)
         self._step, self._num_steps = 0, 0
-        self._settled = partly  # then DDP never regroups its buckets
 
-    def _wrap(self, partly: bool) -> nn.Module:
-        with warnings.catch_warnings():
-            # torch 2.15 renames broadcast_buffers, in a version newer than the oldest that we support.
-            warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(
-                self.model,
-                device_ids=[self._world.device] if self._world.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                find_unused_parameters=partly,
-            )
+    @abstractmethod
+    def _forward(self, images: Tensor, last: bool) -> Tensor:
+        """The outputs for `images`, in the precision of the forward; `last` of its accumulation group or not."""
 
-    def start_pass(self, num_steps: int, start_step: int) -> None:
-        """Train mode; the next `forward` and `step` belong to step `start_step` of `num_steps`."""
+    @abstractmethod
+    def _backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss` to those of this accumulation group."""
+
+    @abstractmethod
+    def _update(self, rate: float) -> None:
+        """One optimiser step at this learning rate with the clipped mean of all ranks' gradients."""
+
+    @abstractmethod
+    def _optimizer_state(self) -> dict[str, Any]:
+        """The state dict of `build_optimizer`'s optimiser over the whole network. A collective."""
+
+    @abstractmethod
+    def _load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Load what `_optimizer_state` gave, into what this rank keeps of it."""
+
+    def start_pass(self, num_steps: int, start_step: int, *, reads: bool = True) -> None:
+        """Train mode; the next `forward` and `step` belong to step `start_step` of `num_steps`.
+
+        Without `reads` the pass promises to use the network in `forward` alone: no `predict`, no `model`.
+        """
         self.model.train()
         self._step, self._num_steps = start_step, num_steps
 
@@ -118,31 +127,7 @@ class Engine:
     def forward(self, images: Tensor) -> Tensor:
         """Logits (b, C), float32, with gradient, for the one backward of this step."""
         _, last = self._group()
-        images = images.contiguous(memory_format=self._format)
-        sync: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if isinstance(self._ddp, DistributedDataParallel):
-            if not self._settled:
-                self._settle(images)
-            if not last:
-                sync = self._ddp.no_sync()
-        with sync, self._precision():
-            logits: Tensor = self._ddp(images)
-        return logits.float()
-
-    def _settle(self, images: Tensor) -> None:
-        """A backward pass without effect, after which DDP regroups its gradient buckets once and for all.
-
-        Left to the first real step, the regrouping would make a resumed run sum three or more ranks' gradients
-        in another order than the undisturbed run: no longer bit-identical on a CPU.
-        """
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
-        device = self._world.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), self._precision():
-            self._ddp(images).float().sum().backward()
-        self._optimizer.zero_grad()
-        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
-        self._settled = True
+        return self._forward(images.contiguous(memory_format=self._format), last).float()
 
     @torch.no_grad()
     def predict(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
@@ -163,18 +148,12 @@ class Engine:
     def step(self, loss: Tensor, rate: float) -> None:
         """Backward from `loss`; at the end of an accumulation group also one optimiser step at this learning rate."""
         size, last = self._group()
-        (loss / size).backward()  # type: ignore[no-untyped-call]
+        self._backward(loss / size)
         self._step += 1
-        if not last:
-            return
-        if self._optim.clip_norm:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self._optim.clip_norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        if self.averaged:
-            self.averaged.update_parameters(self.model)
+        if last:
+            self._update(rate)
+            if self.averaged:
+                self.averaged.update_parameters(self.model)
 
     def finish_pass(self) -> None:
         """Average the batch-norm statistics over the ranks. A collective."""
@@ -185,14 +164,17 @@ class Engine:
         return torch.autocast(self._world.device.type, torch.bfloat16, enabled=self._autocast)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, averaged weights and optimiser, the same on every rank (buffers: those of this rank)."""
-        state = {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
+        """Weights, averaged weights and optimiser, the same on every rank (buffers: those of this rank).
+
+        A collective; the optimiser's state may be on rank 0 only.
+        """
+        state = {"model": self.model.state_dict(), "optimizer": self._optimizer_state()}
         return state | ({"averaged": self.averaged.state_dict()} if self.averaged else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `state_dict` gave."""
         self.model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._load_optimizer_state(state["optimizer"])
         if self.averaged:
             self.averaged.load_state_dict(state["averaged"])
 
@@ -211,13 +193,83 @@ class Engine:
         return [("model", self.model), ("averaged", self.averaged)]
 
 
+class DDPEngine(Engine):
+    """A network under DistributedDataParallel: every rank keeps all weights, gradients and optimiser state.
+
+    With `partly` a step may leave parts of the network out (a second head, a frozen backbone): their weights and
+    their optimiser state then stay as they are.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, world: World, *, partly: bool = False) -> None:
+        super().__init__(model, config, world)
+        self._ddp: nn.Module = self._wrap(partly) if world.size > 1 else self.model
+        self._optimizer = build_optimizer(self.model, config.optim)
+        self._settled = partly  # then DDP never regroups its buckets
+        self._gradient_bytes = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+
+    def _wrap(self, partly: bool) -> nn.Module:
+        with warnings.catch_warnings():
+            # torch 2.15 renames broadcast_buffers, in a version newer than the oldest that we support.
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(
+                self.model,
+                device_ids=[self._world.device] if self._world.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=partly,
+            )
+
+    def _forward(self, images: Tensor, last: bool) -> Tensor:
+        sync: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if isinstance(self._ddp, DistributedDataParallel):
+            if not self._settled:
+                self._settle(images)
+            if not last:
+                sync = self._ddp.no_sync()
+        with sync, self._precision():
+            logits: Tensor = self._ddp(images)
+        return logits
+
+    def _settle(self, images: Tensor) -> None:
+        """A backward pass without effect, after which DDP regroups its gradient buckets once and for all.
+
+        Left to the first real step, the regrouping would make a resumed run sum three or more ranks' gradients
+        in another order than the undisturbed run: no longer bit-identical on a CPU.
+        """
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        device = self._world.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), self._precision():
+            self._ddp(images).float().sum().backward()
+        self._optimizer.zero_grad()
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        self._settled = True
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def _update(self, rate: float) -> None:
+        self._world.count_all_reduce(self._gradient_bytes)  # DDP's, during the backward pass
+        if self._optim.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self._optim.clip_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._optimizer.state_dict()
+        return state
+
+    def _load_optimizer_state(self, state: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state)
+
+
 def average_buffers(model: nn.Module, world: World) -> None:
     """Set every floating-point buffer to its mean over the ranks. A collective: one all-reduce."""
     buffers = [b for b in model.buffers() if b.is_floating_point()]
     if world.size == 1 or not buffers:
         return
-    flat = torch.cat([b.flatten() for b in buffers])
-    dist.all_reduce(flat)
-    flat /= world.size
+    flat = world.all_reduce(torch.cat([b.flatten() for b in buffers])) / world.size
     for buffer, mean in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
         buffer.copy_(mean.view_as(buffer))

@@ -38,7 +38,7 @@ class World:
     Attributes:
         sent_bytes: what this rank has sent to others, as ring algorithms send it (Patarasuk and Yuan 2009): an
             all-reduce of n bytes sends 2 n (W - 1) / W, an all-gather of n bytes each n (W - 1), an all-to-all what
-            is for others. Objects and barriers, of some bytes, are not counted.
+            is for others. Objects and barriers, of some bytes, are not counted, nor is what DeepSpeed sends by itself.
     """
 
     rank: int

@@ -16,6 +16,7 @@ from nldist.data.index import Index
 from nldist.data.plan import Plan, shuffled, sweep
 from nldist.data.stream import Batch, Stream
 from nldist.data.views import View
+from nldist.dist.build_engine import build_engine
 from nldist.dist.engine import Engine, batch_factor, learning_rate
 from nldist.dist.table import SampleTable
 from nldist.dist.world import World
@@ -86,7 +87,7 @@ class Context:
         model = self.config.model
         torch.manual_seed(self.config.run.seed * 1009 + number)
         classifier = build_model(model.name, self.train.num_classes, pretrained=model.pretrained)
-        return Engine(around(classifier) if around else classifier, self.config, self.world, partly=partly)
+        return build_engine(around(classifier) if around else classifier, self.config, self.world, partly=partly)
 
     def shuffled(self, epoch: int, purpose: int, batch_size: int) -> Plan:
         """A shuffled plan over all training samples; `purpose` tells the plans of one epoch apart."""

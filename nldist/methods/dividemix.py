@@ -193,6 +193,8 @@ class SweepPass(Pass):
 class DividePass(EnginePass):
     """One epoch of semi-supervised training of one network on its peer's division (DivideMix, Algorithm 1)."""
 
+    reads = True
+
     def __init__(self, method: DivideMix, number: int, epoch: int) -> None:
         super().__init__(method.context, number, method.engines[number], epoch)
         self._method, self._settings = method, method.settings

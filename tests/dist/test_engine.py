@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from nldist.config import Config
-from nldist.dist.engine import Engine, batch_factor, build_optimizer, learning_rate
+from nldist.dist.engine import DDPEngine, batch_factor, build_optimizer, learning_rate
 from nldist.dist.world import World
 from tests.ranks import run_ranks
 
@@ -25,7 +25,7 @@ TARGETS = torch.randn(24, 2, generator=torch.Generator().manual_seed(1), dtype=t
 
 def train(world: World, options: dict[str, object], num_batches: int) -> list[np.ndarray]:
     """Squared loss over `num_batches` steps, each rank taking its part of every batch."""
-    engine = Engine(network(), config(**options), world)
+    engine = DDPEngine(network(), config(**options), world)
     engine.start_pass(num_batches, 0)
     for images, targets in zip(IMAGES.chunk(num_batches), TARGETS.chunk(num_batches), strict=True):
         mine = slice(world.rank * len(images) // world.size, (world.rank + 1) * len(images) // world.size)
@@ -66,7 +66,7 @@ def test_ranks_batches_and_accumulation_give_the_gradient_of_the_whole(
 
 def test_average_weights_follow_the_decay() -> None:
     values = config().model_dump() | {"train": {"epochs": 10, "ema_decay": 0.9}}
-    engine = Engine(network(), Config.model_validate(values), World.single())
+    engine = DDPEngine(network(), Config.model_validate(values), World.single())
     engine.start_pass(2, 0)
     weights = []
     for _ in range(2):
@@ -80,7 +80,7 @@ def test_average_weights_follow_the_decay() -> None:
 
 
 def buffers_after_a_pass(world: World) -> list[float]:
-    engine = Engine(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2)), config(), world)
+    engine = DDPEngine(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2)), config(), world)
     engine.start_pass(1, 0)
     engine.predict(torch.full((4, 3, 1, 1), float(world.rank)))
     engine.finish_pass()

@@ -1,0 +1,23 @@
+"""The configured engine around a network."""
+
+from torch import nn
+
+from nldist.config import Config
+from nldist.dist.deepspeed_engine import DeepSpeedEngine
+from nldist.dist.engine import DDPEngine, Engine
+from nldist.dist.world import World
+from nldist.dist.zero3_engine import Zero3Engine
+
+
+def build_engine(model: nn.Module, config: Config, world: World, *, partly: bool = False) -> Engine:
+    """The engine that `config.engine` names, with `model` as its network.
+
+    With `partly` a step may leave parts of the network out: what has no gradient then stays as it is.
+
+    Raises:
+        UserError: DeepSpeed cannot do what the configuration wants.
+    """
+    kind: type[DDPEngine | DeepSpeedEngine] = DDPEngine
+    if config.engine.name == "deepspeed":
+        kind = Zero3Engine if config.engine.zero_stage == 3 else DeepSpeedEngine
+    return kind(model, config, world, partly=partly)
