@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import sys
 import tarfile
 import time
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import record
+from commands import run_python
 
 from nldist.errors import UserError, main_guard
 from nldist.progress import clock
@@ -135,14 +135,6 @@ def train(name: str, setting: Setting, options: argparse.Namespace) -> Path:
     settings += [f"data.label_set={options.labels}", *setting.runs[name], *options.overrides]
     run_python(*ranks, "-m", "nldist.cli", "train", f"benchmarks/{setting.config}.yaml", *settings)
     return run_dir
-
-
-def run_python(*arguments: str) -> None:
-    """Run `python ARGUMENTS` with one thread per process; stop here if it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    code = subprocess.run([sys.executable, *arguments], env=environment, check=False).returncode
-    if code != 0:
-        raise UserError(f"python {' '.join(arguments)} ended with code {code}")
 
 
 if __name__ == "__main__":

@@ -9,16 +9,15 @@ benchmarks/results/digits-DATE.json.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import record
+from commands import run_python
 
-from nldist.errors import UserError, main_guard
+from nldist.errors import main_guard
 
 METHODS = ("cross_entropy", "dividemix", "scanmix")
 # DivideMix's authors' code and issues 10 and 46 of it. ScanMix's code keeps tau at 0.5; its warm-up, of the head alone,
@@ -76,14 +75,6 @@ def report(rows: list[dict[str, Any]]) -> None:
         last = {(row["method"], row["rate"], row["seed"]): row["accuracy"]["last"] for row in rows}
         gains = [value - last[worse, rate, seed] for (method, rate, seed), value in last.items() if method == better]
         print(f"{better} over {worse}: {min(gains):+.2f} to {max(gains):+.2f}, median {statistics.median(gains):+.2f}")
-
-
-def run_python(*arguments: str) -> None:
-    """Run `python ARGUMENTS` with one thread per process; stop here if it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    code = subprocess.run([sys.executable, *arguments], env=environment, check=False).returncode
-    if code != 0:
-        raise UserError(f"python {' '.join(arguments)} ended with code {code}")
 
 
 if __name__ == "__main__":
