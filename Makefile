@@ -5,7 +5,7 @@ RANKS ?= 2
 # Ranks, readers and BLAS share few cores: threads that wait must sleep, not spin.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test soak lint format bench clean
 
 setup: .venv/.ready
 
@@ -48,3 +48,6 @@ bench: setup
 
 clean:
 	rm -rf runs .venv
+
+soak: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.slurm.soak

@@ -72,9 +72,10 @@ def measure(work: Path, data: Path, size: int) -> list[dict[str, Any]]:
     warmup, divide = records(run_dir)
     (_, search) = records(next((run_dir / "stages").glob("mine-*")))
     steps = -(-1437 // (64 * size))
+    cluster = training(size, steps, num_parameters, num_buffers) + columns(size, 1437, PREDICTED_BYTES)
     rows = [
         ("net0", steps, warmup["net0/sent_mib"], training(size, steps, num_parameters, num_buffers)),
-        ("cluster0", steps, divide["cluster0/sent_mib"], training(size, steps, num_parameters, num_buffers)),
+        ("cluster0", steps, divide["cluster0/sent_mib"], cluster),
         ("sweep", 0, divide["sweep/sent_mib"], columns(size, 1437, SWEEP_BYTES)),
         ("search", 0, search["search/sent_mib"], neighbours(size, 1437, 16, 10)),
     ]
@@ -92,7 +93,8 @@ def training(size: int, steps: int, num_parameters: int, num_buffers: int) -> fl
     return 8 * (steps * num_parameters + num_buffers) * (size - 1) / size / MIB
 
 
-SWEEP_BYTES = 8 + 4  # replicated after a sweep, both networks: clean probabilities and predicted classes
+SWEEP_BYTES = 2 * 4  # replicated after a sweep: both networks' clean probabilities
+PREDICTED_BYTES = 2  # before a clustering pass: the other network's classes
 
 
 def columns(size: int, num_samples: int, num_bytes: int) -> float:
@@ -117,7 +119,7 @@ def predict(name: str, size: int) -> dict[str, Any]:
         "ranks": size,
         "step": training(size, 1, num_parameters, 0),
         "epoch": training(size, steps, num_parameters, num_buffers),
-        "tables": columns(size, facts["N"], SWEEP_BYTES),
+        "tables": columns(size, facts["N"], SWEEP_BYTES + 2 * PREDICTED_BYTES),
         "search": neighbours(size, facts["N"], facts["d"], facts["k"]),
     }
 

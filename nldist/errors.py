@@ -1,5 +1,6 @@
 """Errors that a user can act on, and how entry points report them."""
 
+import errno
 import functools
 import os
 import sys
@@ -11,6 +12,14 @@ P = ParamSpec("P")
 
 class UserError(Exception):
     """Something that the user can put right: the message says what is wrong, where, and what to do."""
+
+
+def known(error: BaseException) -> BaseException:
+    """A full disk, wherever it is met, as a `UserError`; any other error as it is."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or "a file of the run"
+        return UserError(f"{where}: {error.strerror}; free some space, then the same command goes on")
+    return error
 
 
 def one_line(error: BaseException) -> str:
@@ -28,7 +37,10 @@ def main_guard(main: Callable[P, int | None]) -> Callable[P, int]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
             return main(*args, **kwargs) or 0
-        except UserError as error:
+        except (UserError, OSError) as raised:
+            error = known(raised)
+            if not isinstance(error, UserError):
+                raise
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr)
             return 2

@@ -40,7 +40,8 @@ class StatusFile:
         try:
             yield
         except BaseException as error:
-            self.update(state="failed", error=one_line(error))
+            with contextlib.suppress(OSError):  # such as the full disk that made it fail
+                self.update(state="failed", error=one_line(error))
             raise
 
     def update(self, **facts: Any) -> None:

@@ -102,6 +102,7 @@ def test_a_stopped_stage_saves_and_its_last_epoch_goes_on_with_other_ranks(digit
     assert "stopped at" in output(run_dir)
     assert job(digits, run_dir, "train.epochs=2", world_size=3) == [0, 0, 0]
     assert "with 3 rank(s), written by 2" in output(run_dir)
+    assert "another number of ranks: global batch 256 -> 384, lr stays (optim.lr_batch is not set)" in output(run_dir)
 
 
 def test_the_graph_does_not_depend_on_the_number_of_ranks(digits: Path, undisturbed: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nldist.dist.environment import Place
 from nldist.dist.stop import REQUEST, Stop
-from nldist.errors import UserError, one_line
+from nldist.errors import UserError, known, one_line
 from nldist.memory import keep_freed_memory
 
 T = TypeVar("T")
@@ -87,7 +87,7 @@ class World:
         except (Exception, KeyboardInterrupt) as error:
             if world.size == 1:
                 raise
-            world._fail(error)
+            world._fail(known(error))
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()

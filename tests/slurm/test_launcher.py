@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,31 @@ def test_an_error_of_the_user_is_not_tried_again(slurm: Cluster, digits: Path, t
         slurm.wait_for(job, "COMPLETED", timeout=120)
     assert slurm.restarts(job) == 0
     assert "error: " in (run_dir / "logs" / f"{job}_0_log.err").read_text()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", disk], check=True)
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_space(
+    slurm: Cluster, digits: Path, undisturbed: Path, small_disk: Path
+) -> None:
+    run_dir = small_disk / "run"
+    job = submit(slurm, digits, run_dir, "track.enabled=false")
+    with pytest.raises(RuntimeError, match="FAILED"):
+        slurm.wait_for(job, "COMPLETED", timeout=120)
+    assert slurm.restarts(job) == 0
+    assert "free some space" in (run_dir / "logs" / f"{job}_0_log.err").read_text()
+    subprocess.run(["mount", "-o", "remount,size=200M", small_disk], check=True)
+    job = submit(slurm, digits, run_dir, "track.enabled=false")
+    finish(slurm, job, run_dir)
+    assert_same_weights(undisturbed, run_dir)
 
 
 def test_stages_are_jobs_that_wait_for_each_other(slurm: Cluster, digits: Path, tmp_path: Path) -> None:
