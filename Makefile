@@ -33,6 +33,10 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# A run on a Slurm cluster of two nodes through twenty disturbances; as root, after .ci/install-slurm.
+soak: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.slurm.soak
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,6 +52,3 @@ bench: setup
 
 clean:
 	rm -rf runs .venv
-
-soak: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.slurm.soak

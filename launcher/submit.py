@@ -17,10 +17,10 @@ from typing import NoReturn
 
 from nldist.config import Config
 from nldist.errors import UserError, main_guard
-from nldist.launch.settings import ClusterSettings, cluster_settings
+from nldist.launch.settings import Cluster, ClusterSettings, cluster_settings
+from nldist.launch.slurm import has_slurm
 
-SETTINGS = ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "mem_gb", "time")
-SLURM_ONLY = ("partition", "account", "constraint", "qos", "time", "mem_gb")
+SLURM_ONLY = ("partition", "account", "constraint", "qos", "time", "mem_gb", "cpus_per_task", "cluster_file", "dry_run")
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,70 +70,71 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Check, submit, and follow if asked to."""
     options = parse(argv)
-    given = {name: value for name in {*SETTINGS, *SLURM_ONLY} if (value := getattr(options, name)) is not None}
-    settings = cluster_settings(options.cluster_file, given)
+    cluster: Cluster = options.cluster or ("slurm" if has_slurm() else "local")
+    refuse(options, cluster)
+    given = {name: getattr(options, name, None) for name in ClusterSettings.model_fields}
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = cluster_settings(cluster, options.cluster_file, given)
     # Imported when the options are known to be right: these take seconds.
-    from nldist.launch.submit import choose_cluster, members, sbatch_text, seeds, share_cores, submit
+    from nldist.launch.checks import check, claim
+    from nldist.launch.submit import check_cluster, members, seeds
 
+    check_cluster(cluster, settings)
     sweeps = [*options.sweep, *([seeds(options.array_seeds)] if options.array_seeds else [])]
     configs = members(options.config, options.overrides, sweeps)
-    root = configs[0].run.dir if len(configs) == 1 else configs[0].run.dir.parent
-    folder = (root / "logs").absolute()
-    if options.dry_run:
-        check(configs, settings)
-        print(sbatch_text(configs, folder, root.name, settings))
-        return 0
-    cluster = choose_cluster(options.cluster, settings)
-    refuse(options, cluster, len(configs))
     check(configs, settings)
-    claim(configs)
-    share_cores(settings)
-    stages = chain(configs[0]) if options.stages else None
-    jobs = []
-    for submission in submit(configs, cluster, folder, settings, stages):
-        jobs += submission.jobs
-        print("\n".join(report(submission.stage, submission.jobs)), flush=True)
-    print("\n".join(advice(configs, root, cluster, [job.job_id for job in jobs])), flush=True)
-    if cluster == "debug":
-        return max(job.result() for job in jobs)
-    if not options.wait:
+    if options.dry_run:
+        print_files(configs, settings, options.stages)
         return 0
-    from nldist.launch.follow import wait
+    claim(configs)
+    return queue(configs, cluster, settings, options)
 
-    return wait(jobs)
 
-
-def refuse(options: argparse.Namespace, cluster: str, num_members: int) -> None:
+def refuse(options: argparse.Namespace, cluster: str) -> None:
     """Options that contradict the cluster."""
     if cluster == "slurm":
         return
     for name in SLURM_ONLY:
-        if getattr(options, name) is not None:
+        if getattr(options, name):
             raise UserError(f"--{name.replace('_', '-')} is for Slurm; leave it out with --cluster {cluster}")
     if options.stages:
         raise UserError(
             f"--stages makes jobs that wait for each other; with --cluster {cluster} one job runs all stages"
         )
-    if num_members > 1:
-        raise UserError(f"an array of {num_members} runs is for Slurm; with --cluster {cluster} start them one by one")
+    if options.sweep or options.array_seeds:
+        raise UserError(f"an array of runs is for Slurm; with --cluster {cluster} start them one by one")
 
 
-def check(configs: list[Config], settings: ClusterSettings) -> None:
-    """Refuse what the first run would refuse when it starts: data, labels, model, batch sizes."""
-    from nldist.dryrun import dry_run
-
-    for _ in dry_run(configs[0], settings.num_ranks):
-        pass
+def root_of(configs: list[Config]) -> Path:
+    """The run directory, or the one that holds those of an array."""
+    return configs[0].run.dir if len(configs) == 1 else configs[0].run.dir.parent
 
 
-def claim(configs: list[Config]) -> None:
-    """Refuse run directories that cannot be written, are in use, or hold runs with other settings."""
-    from nldist.run import RunDirectory
+def print_files(configs: list[Config], settings: ClusterSettings, stages: bool) -> None:
+    """The batch file of each job."""
+    from nldist.launch.submit import sbatch_text
 
-    for config in configs:
-        run = RunDirectory(config.run.dir)
-        run.claim(config)
-        run.release()
+    root = root_of(configs)
+    for stage in chain(configs[0]) if stages else [None]:
+        name = f"{root.name}-{stage}" if stage else root.name
+        print(sbatch_text(configs, (root / "logs").absolute(), name, settings))
+
+
+def queue(configs: list[Config], cluster: Cluster, settings: ClusterSettings, options: argparse.Namespace) -> int:
+    """Queue the jobs, say what was queued, and follow them if asked to."""
+    from nldist.launch.follow import wait
+    from nldist.launch.submit import share_cores, submit
+
+    root, jobs = root_of(configs), []
+    share_cores(settings)
+    stages = chain(configs[0]) if options.stages else None
+    for submission in submit(configs, cluster, (root / "logs").absolute(), settings, stages):
+        jobs += submission.jobs
+        print("\n".join(report(submission.stage, submission.jobs)), flush=True)
+    print("\n".join(advice(configs, root, cluster, [job.job_id for job in jobs])), flush=True)
+    if cluster == "debug":
+        return max(job.result() for job in jobs)
+    return wait(jobs) if options.wait else 0
 
 
 def chain(config: Config) -> list[str]:

@@ -1,5 +1,6 @@
 """A run directory: one job at a time, one configuration for its life, its weights and its summary."""
 
+import errno
 import fcntl
 import json
 import time
@@ -44,8 +45,8 @@ class RunDirectory:
         """Make the directory this job's, with this configuration (None: whatever it is). For rank 0.
 
         Raises:
-            UserError: another job is using it, also after `patience_seconds` (with `advice`), or it holds a run with
-                other settings.
+            UserError: another job is using it (with `advice`), or it holds a run with other settings.
+            TimeoutError: another job is using it, also after `patience_seconds`.
         """
         try:
             for name in ("checkpoints", "weights", "tables", "plots"):
@@ -56,7 +57,10 @@ class RunDirectory:
         until = time.monotonic() + patience_seconds
         while not self._locked():
             if time.monotonic() > until:
-                raise UserError(f"{self.path} is in use by a running job; {advice}")
+                problem = f"{self.path} is in use by a running job"
+                if patience_seconds:  # its forerunner is about to end: worth another start
+                    raise TimeoutError(f"{problem}, after {patience_seconds:.0f} s still")
+                raise UserError(f"{problem}; {advice}")
             time.sleep(0.5)
         if config is not None:
             self._check_same(config)
@@ -66,8 +70,10 @@ class RunDirectory:
         try:
             # Not flock, which forked data workers would inherit and keep when their rank is killed.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            raise UserError(f"{self.path} cannot be locked ({error.strerror}): its file system needs locks") from None
         return True
 
     def release(self) -> None:

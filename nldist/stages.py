@@ -104,7 +104,8 @@ def train(config: Config, only: Sequence[str] | None = None) -> int:
         with status.of_job(world.size):
             code = _run_chain(config, world, run, status, chain, only or chain)
             if code == 0:
-                status.update(state="done")
+                done = MAIN in (only or chain)
+                status.update(state="done" if done else f"done with {', '.join(only or ())}")
         return code
 
 

@@ -68,14 +68,14 @@ def describe(facts: dict[str, Any], now: float) -> Iterator[str]:
     """A run's status as lines for people, at time `now` (seconds since 1970)."""
     silent = now - facts["updated"]
     state = facts["state"]
-    if state == "running" and silent > _SILENT_SECONDS:
+    if state == "running" and silent > max(_SILENT_SECONDS, 3 * facts.get("every_seconds", 0)):
         state = f"silent: no sign of life for {clock(silent)}; killed, or in a step that takes so long"
     yield f"state     {state}" + (f" ({facts['error']})" if facts.get("error") else "")
     if "place" in facts:
         yield f"at        {facts['place']}"
     if "step" in facts:
         yield f"step      {facts['step']} of {facts['num_steps']} of this pass, {facts['images_per_second']:,.0f} img/s"
-    if "ends" in facts and facts["state"] == "running":
+    if facts.get("ends") and facts["state"] == "running":
         yield f"left      {clock(max(facts['ends'] - now, 0))} of stage {facts['stage']} at the last epoch's pace"
     for name, value in facts.get("metrics", {}).items():
         yield f"          {name} {value:.4g}"

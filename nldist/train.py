@@ -29,6 +29,7 @@ from nldist.status import StatusFile
 from nldist.track import NullTracker, Status, Tracker
 
 _STEPS_BETWEEN_STOP_CHECKS = 8
+_END_SECONDS, _STOP_SECONDS = 60, 5  # that MLflow gets at the end
 
 
 def build_context(config: Config, world: World, products: Mapping[str, Path] | None = None) -> Context:
@@ -96,11 +97,11 @@ class Trainer:
         self._steps_since_save, self._steps_since_check = 0, 0
         self._stop = Stop.NONE
         self._resume()
-        self._say_batch()
         self._began = time.perf_counter() - self.record["seconds"]
         if self.world.is_main:
             run.write_config(self.config)
         self.tracker = self._open_tracker()
+        self.status.update(stage=stage, ends=None, every_seconds=self.config.track.every_seconds)
 
     def _resume(self) -> None:
         path = self.checkpoints.latest()
@@ -159,7 +160,8 @@ class Trainer:
             code = self._fit()
             status = "KILLED" if self._stop else "FINISHED"
         finally:
-            self.tracker.end(status)
+            # What MLflow lacks then is sent at the next start: a stop has no time to wait for a server.
+            self.tracker.end(status, _STOP_SECONDS if self._stop else _END_SECONDS)
         return code
 
     def _fit(self) -> int:
@@ -191,6 +193,8 @@ class Trainer:
 
     def _run_pass(self, task: Pass, title: str) -> bool:
         """Run one pass from the present position to its end; False if stopped on the way, with all saved."""
+        if task.trains and not self.record["train_seconds"]:
+            self._say_batch()
         sent_before = self.world.sent_bytes
         plan, start = task.plan(), self.position.step
         task.start(plan.num_steps, start)

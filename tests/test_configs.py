@@ -200,7 +200,7 @@ def test_the_full_runs_differ_from_the_published_ones_only_where_they_say_so() -
         *("run.dir", "optim.milestones", "train.epochs", "train.autocast", "method.dividemix.subset"),
     }
     assert differing("webvision/mini-dividemix", "webvision/full-dividemix") == {
-        *("run.dir", "data.root", "data.window", "optim.lr", "optim.warmup_epochs", "optim.milestones"),
+        *("run.dir", "data.root", "data.window", "optim.lr_rule_epochs", "optim.milestones"),
         *("train.epochs", "train.autocast", "method.dividemix.warmup_epochs"),
     }
 

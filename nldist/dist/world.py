@@ -73,13 +73,22 @@ class World:
         An exception inside the block is printed with the rank's number and ends the process with code 1, so
         that the other ranks' collectives fail too; they then name the rank that failed first.
         """
-        place = Place.find()
-        world = cls(place.rank, place.size, place.local_rank, _device(device, place.local_rank))
+        place, problem = Place.find(), None
+        try:
+            chosen = _device(device, place.local_rank)
+        except UserError as error:
+            if place.size == 1:
+                raise
+            # Told when all ranks have met: the others would wait for this one.
+            chosen, problem = torch.device("cpu"), error
+        world = cls(place.rank, place.size, place.local_rank, chosen)
         torch.set_num_threads(num_threads or place.num_threads or _shared_threads(place))
         if world.device.type == "cpu":
             keep_freed_memory()
         if world.size > 1:
             _init_process_group(world, place, timeout_seconds, interface)
+        if problem is not None:
+            world._fail(problem)
         try:
             yield world
             if world.size > 1:

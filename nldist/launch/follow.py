@@ -11,22 +11,27 @@ from typing import TextIO
 import submitit
 from submitit.local.local import LocalJob
 
+from nldist.dist.stop import EXIT_STOPPED
 from nldist.launch.slurm import FINAL_STATES, job_state
 
+STOPPED = "STOPPED"
+ENDED = FINAL_STATES | {STOPPED}
 _POLL_SECONDS = 0.5
 _STATE_SECONDS = 3.0
 Job = submitit.Job[int]
 
 
 def wait(jobs: Sequence[Job]) -> int:
-    """Print what rank 0 of every job prints, until all have ended; returns 0 if all did what they should.
+    """Print what rank 0 of every job prints, until all have ended; returns 0 if all did what they should, else 1.
+
+    Of jobs on this machine that stopped with all saved it returns 143, as `nldist train` would.
 
     Ctrl-C stops jobs on this machine, which save first; jobs on a cluster go on.
     """
     files = [_Tail(path, stream) for job in jobs for path, stream in _outputs(job)]
     states = dict.fromkeys((job.job_id for job in jobs), "PENDING")
     asked = 0.0
-    while set(states.values()) - FINAL_STATES:
+    while set(states.values()) - ENDED:
         try:
             time.sleep(_POLL_SECONDS)
             if time.monotonic() - asked > (_STATE_SECONDS if not isinstance(jobs[0], LocalJob) else 0):
@@ -39,6 +44,8 @@ def wait(jobs: Sequence[Job]) -> int:
     bad = {job: state for job, state in states.items() if state != "COMPLETED"}
     for job, state in bad.items():
         print(f"job {job} ended: {state}", file=sys.stderr)
+    if bad and set(bad.values()) == {STOPPED}:
+        return EXIT_STOPPED
     return 1 if bad else 0
 
 
@@ -50,7 +57,7 @@ def _states(jobs: Sequence[Job], before: dict[str, str]) -> dict[str, str]:
     now = {}
     for job in jobs:
         state = before[job.job_id]
-        if state not in FINAL_STATES:
+        if state not in ENDED:
             state = _local_state(job) if isinstance(job, LocalJob) else job_state(job.job_id)
             if state != before[job.job_id]:
                 print(f"job {job.job_id}: {state}", flush=True)
@@ -61,13 +68,19 @@ def _states(jobs: Sequence[Job], before: dict[str, str]) -> dict[str, str]:
 def _local_state(job: LocalJob) -> str:
     if not job.done():
         return "RUNNING"
-    # Ranks leave a result only if they end well or with an exception.
-    return "COMPLETED" if all(_ended_well(job, rank) for rank in range(job.num_tasks)) else "FAILED"
+    codes = {_exit_code(job, rank) for rank in range(job.num_tasks)}
+    if codes == {0}:
+        return "COMPLETED"
+    return STOPPED if codes == {EXIT_STOPPED} else "FAILED"
 
 
-def _ended_well(job: LocalJob, rank: int) -> bool:
-    result = job.task(rank).paths.result_pickle
-    return result.exists() and job.task(rank).exception() is None
+def _exit_code(job: LocalJob, rank: int) -> int | None:
+    """What a rank's TrainJob has returned; None where it has ended otherwise."""
+    task = job.task(rank)
+    if not task.paths.result_pickle.exists() or task.exception() is not None:
+        return None
+    code: int = task.result()
+    return code
 
 
 def _interrupt(jobs: Sequence[Job]) -> bool:

@@ -10,6 +10,23 @@ from nldist.dist.stop import EXIT_REQUEUE, EXIT_STOPPED, REQUEST
 from nldist.errors import main_guard
 
 
+@dataclass(frozen=True)
+class Here:
+    """What ranks on this machine are told: the port where they meet, and their GPUs (as CUDA_VISIBLE_DEVICES)."""
+
+    port: int
+    gpus: str
+
+    def tell(self) -> None:
+        """Set what torchrun would set, from submitit's variables."""
+        place = submitit.JobEnvironment()
+        rank, size = str(place.local_rank), str(place.num_tasks)
+        os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=size)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.port), CUDA_VISIBLE_DEVICES=self.gpus)
+        # Of an earlier job whose process had the same number.
+        place.paths.result_pickle.unlink(missing_ok=True)
+
+
 @dataclass
 class TrainJob:
     """`nldist train` of one configuration, as submitit's callable.
@@ -20,37 +37,25 @@ class TrainJob:
     Attributes:
         config: of the run.
         stages: only these of the method's stages; None = all.
-        port: where the ranks of a job on this machine meet.
+        here: for ranks on this machine; None = a cluster's.
     """
 
     config: Config
     stages: list[str] | None = None
-    port: int | None = None
+    here: Here | None = None
 
     def __call__(self) -> int:
-        """Run it; returns the exit code 0. Ends the process where that is another one, or a traceback would follow."""
+        """Run it. Returns the exit code for the launcher that waits here; else ends the process with it."""
         REQUEST.listen()
-        if self.port is not None:
-            self._meet_here(self.port)
+        if self.here is not None:
+            self.here.tell()
         from nldist.stages import train
 
         code = main_guard(train)(self.config, self.stages)
-        if code == 0:
+        if code == 0 or (self.here is not None and code != EXIT_REQUEUE):
             return code
-        if code == EXIT_STOPPED and self.port is None:
+        if code == EXIT_STOPPED:
             # Slurm sends SIGTERM for a preemption and for scancel alike: the batch script sees which it was. And where
             # a rank dies and SIGTERM ends the others srun gives 143, too: that is no stop with all saved.
             code = EXIT_REQUEUE
         raise SystemExit(code)
-
-    def _meet_here(self, port: int) -> None:
-        """What torchrun would say, from submitit's variables."""
-        place = submitit.JobEnvironment()
-        rank, size = place.local_rank, place.num_tasks
-        os.environ |= {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(size),
-            "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(size),
-        }
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -3,7 +3,7 @@
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -12,8 +12,9 @@ from nldist.config import Name, Section
 from nldist.config_file import explain
 from nldist.errors import UserError
 
+Cluster = Literal["slurm", "local", "debug"]
 CLUSTER_FILE = Path("cluster.yaml")
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+)")
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
 class ClusterSettings(Section):
@@ -30,8 +31,9 @@ class ClusterSettings(Section):
     mem_gb: float | None = Field(None, gt=0, description="memory of a node")
     time: Name = Field("24:00:00", description="limit of one start: [days-]hours:minutes:seconds; then it is requeued")
     grace_seconds: int = Field(120, ge=1, description="before the limit, to save; a run goes on from there")
-    max_crashes: int = Field(3, ge=0, description="starts after crashes of a rank")
+    max_crashes: int = Field(3, ge=0, description="new starts after crashes in a row")
     setup: list[str] = Field([], description="shell lines before the ranks start, such as 'module load cuda'")
+    srun: list[str] = Field([], description="further options of srun, such as [--container-image=/images/a.sqsh]")
     sbatch: dict[str, Any] = Field({}, description="further options of sbatch, such as {exclude: n13}")
 
     @property
@@ -46,12 +48,16 @@ class ClusterSettings(Section):
 
     @property
     def minutes(self) -> int:
-        """The time limit, rounded up."""
+        """The time limit, rounded up, as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
         match = _TIME.fullmatch(self.time)
         if match is None:
             raise UserError(f"time {self.time!r} is not [days-]hours:minutes:seconds, such as 24:00:00")
-        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-        return max(1, math.ceil(((days * 24 + hours) * 60 + minutes) + seconds / 60))
+        days, *parts = match.groups()
+        numbers = [int(part) for part in parts if part is not None]
+        if days is None and len(numbers) < 3:
+            numbers = [0, *numbers]
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+        return max(1, math.ceil((int(days or 0) * 24 + hours) * 60 + minutes + seconds / 60))
 
     def check(self) -> None:
         """Refuse (UserError) what contradicts itself."""
@@ -64,15 +70,17 @@ class ClusterSettings(Section):
             raise UserError(f"grace_seconds={self.grace_seconds} is as long as the time limit {self.time}; lower it")
 
 
-def cluster_settings(file: Path | None, options: dict[str, Any]) -> ClusterSettings:
-    """The settings of `file` (by default `cluster.yaml` here, if there is one) under the given options.
+def cluster_settings(cluster: Cluster, file: Path | None, options: dict[str, Any]) -> ClusterSettings:
+    """For Slurm the settings of `file` (by default `cluster.yaml` here, if there is one) under the given options.
+
+    On this machine only the options count: the file tells of a cluster.
 
     Raises:
         UserError: the file cannot be read, or a setting is unknown or wrong.
     """
     path = file or CLUSTER_FILE
     values: dict[str, Any] = {}
-    if file is not None or path.exists():
+    if cluster == "slurm" and (file is not None or path.exists()):
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (OSError, yaml.YAMLError) as error:

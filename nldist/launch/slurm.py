@@ -29,9 +29,10 @@ def has_slurm() -> bool:
 
 def check_partition(name: str | None) -> None:
     """Refuse (UserError) a partition that does not exist."""
-    known = sorted(set(_run("sinfo", "--noheader", "--format=%R").split()))
-    if name is not None and name not in known:
-        raise UserError(f"partition {name} does not exist; this cluster has {', '.join(known)}")
+    known = sorted(set(_run("sinfo", "--all", "--noheader", "--format=%R").split()))
+    for one in name.split(",") if name else ():
+        if one not in known:
+            raise UserError(f"partition {one} does not exist; this cluster has {', '.join(known)}")
 
 
 def job_state(job: str) -> str:
@@ -48,4 +49,6 @@ def _run(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except subprocess.CalledProcessError as error:
-        raise UserError(f"{command[0]} failed: {' '.join(error.stderr.split())}; is Slurm running?") from None
+        raise UserError(
+            f"{command[0]} failed: {' '.join(error.stderr.split())}; is Slurm running? (--cluster local does without)"
+        ) from None

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError
@@ -16,11 +16,10 @@ from submitit.core.utils import FailedJobError
 from nldist.config import Config
 from nldist.config_file import load_config
 from nldist.errors import UserError
-from nldist.launch.job import TrainJob
-from nldist.launch.settings import ClusterSettings
+from nldist.launch.job import Here, TrainJob
+from nldist.launch.settings import Cluster, ClusterSettings
 from nldist.launch.slurm import check_partition, has_slurm
 
-Cluster = Literal["slurm", "local", "debug"]
 MAIN = "train"
 _UNLIMITED_MINUTES = 60 * 24 * 365
 _ARRAY_PARALLELISM = 256
@@ -53,8 +52,14 @@ def members(path: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list
             raise UserError(f"sweep '{sweep}' must look like optim.lr=0.01,0.02")
         axes.append([f"{key}={value}" for value in values.split(",")])
     root = load_config(path, overrides).run.dir
-    combinations = list(itertools.product(*axes))
-    return [load_config(path, [*overrides, *each, f"run.dir={root / ','.join(each)}"]) for each in combinations]
+    names = [",".join(each) for each in itertools.product(*axes)]
+    if len(set(names)) < len(names):
+        raise UserError(f"sweep {' '.join(sweeps)} names a value twice")
+    each_dir = [f"run.dir={root / name.replace('/', '_')}" for name in names]
+    return [
+        load_config(path, [*overrides, *each, run_dir])
+        for each, run_dir in zip(itertools.product(*axes), each_dir, strict=True)
+    ]
 
 
 def seeds(text: str) -> str:
@@ -75,9 +80,8 @@ def seeds(text: str) -> str:
     return f"run.seed={','.join(map(str, numbers))}"
 
 
-def choose_cluster(wanted: Cluster | None, settings: ClusterSettings) -> Cluster:
-    """Slurm where it is installed, this machine elsewhere; refuses (UserError) what the choice cannot do."""
-    cluster = wanted or ("slurm" if has_slurm() else "local")
+def check_cluster(cluster: Cluster, settings: ClusterSettings) -> None:
+    """Refuse (UserError) what the cluster cannot do."""
     if cluster == "slurm":
         if not has_slurm():
             raise UserError("--cluster slurm: there is no sbatch here; submit from a login node or use --cluster local")
@@ -86,7 +90,6 @@ def choose_cluster(wanted: Cluster | None, settings: ClusterSettings) -> Cluster
         raise UserError(f"--cluster {cluster} has one node, not {settings.nodes}; leave --nodes out, or use slurm")
     elif cluster == "debug" and settings.num_ranks > 1:
         raise UserError(f"--cluster debug runs one rank in this process, not {settings.num_ranks}; use --cluster local")
-    return cluster
 
 
 def executor(cluster: Cluster, folder: Path, name: str, settings: ClusterSettings) -> submitit.AutoExecutor:
@@ -104,8 +107,7 @@ def executor(cluster: Cluster, folder: Path, name: str, settings: ClusterSetting
             f"{shlex.quote(sys.executable)} -m nldist.launch.requeue $? "
             f"{shlex.quote(str(folder))} {settings.max_crashes}"
         ],
-        # Where a rank dies the others must not wait for it.
-        "slurm_srun_args": ["--kill-on-bad-exit=1"],
+        "slurm_srun_args": _srun(settings),
         "slurm_additional_parameters": {"requeue": True, **settings.sbatch},
         "slurm_array_parallelism": _ARRAY_PARALLELISM,
     }
@@ -115,6 +117,12 @@ def executor(cluster: Cluster, folder: Path, name: str, settings: ClusterSetting
         parameters[f"slurm_{option}"] = getattr(settings, option)
     chosen.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
     return chosen
+
+
+def _srun(settings: ClusterSettings) -> list[str]:
+    """Where a rank dies the others must not wait for it. And srun does not take its cores over from sbatch."""
+    cores = [f"--cpus-per-task={settings.cpus_per_task}"] if settings.cpus_per_task else []
+    return ["--kill-on-bad-exit=1", *cores, *settings.srun]
 
 
 def _setup(settings: ClusterSettings) -> list[str]:
@@ -161,9 +169,11 @@ def submit(
         name = configs[0].run.dir.parent.name if len(configs) > 1 else configs[0].run.dir.name
         chosen = executor(cluster, folder, name if stage is None else f"{name}-{stage}", settings)
         if before is not None:
-            chosen.update_parameters(slurm_dependency=_dependency(before))
-        port = free_port() if cluster != "slurm" else None
-        jobs = [TrainJob(config, [stage] if stage else None, port) for config in configs]
+            # Not to wait for ever for a stage that has failed.
+            options = {"requeue": True, "kill-on-invalid-dep": "yes", **settings.sbatch}
+            chosen.update_parameters(slurm_dependency=_dependency(before), slurm_additional_parameters=options)
+        here = Here(free_port(), visible_gpus(settings)) if cluster != "slurm" else None
+        jobs = [TrainJob(config, [stage] if stage else None, here) for config in configs]
         before = Submission(stage, _queue(chosen, jobs))
         yield before
 
@@ -186,6 +196,19 @@ def _queue(chosen: submitit.AutoExecutor, jobs: Sequence[TrainJob]) -> list[subm
         raise UserError(f"Slurm refused the job: {str(error).strip().splitlines()[-1]}") from None
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+def visible_gpus(settings: ClusterSettings) -> str:
+    """The GPUs for ranks on this machine, of those that this process may use, as CUDA_VISIBLE_DEVICES has them."""
+    import torch
+
+    ours = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = ours.split(",") if ours else [str(number) for number in range(torch.cuda.device_count())]
+    if len(names) < settings.gpus_per_node:
+        raise UserError(f"--gpus-per-node {settings.gpus_per_node}: this machine has {len(names)} GPU(s) for you")
+    if names and not settings.gpus_per_node:
+        print(f"the ranks use CPUs; --gpus-per-node {len(names)} takes the GPU(s) of this machine", flush=True)
+    return ",".join(names[: settings.gpus_per_node])
 
 
 def free_port() -> int:

@@ -13,17 +13,28 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("time", "minutes"), [("24:00:00", 1440), ("2-00:30:00", 2910), ("90:00", 90), ("0:00:30", 1), ("0:01:01", 2)]
+    ("time", "minutes"),
+    [
+        ("24:00:00", 1440),
+        ("2-00:30:00", 2910),
+        ("90:00", 90),
+        ("0:00:30", 1),
+        ("0:01:01", 2),
+        ("120", 120),
+        ("1-12", 2160),
+    ],
 )
 def test_times(time: str, minutes: int) -> None:
-    assert cluster_settings(None, {"time": time, "grace_seconds": 5}).minutes == minutes
+    assert cluster_settings("slurm", None, {"time": time, "grace_seconds": 5}).minutes == minutes
 
 
 def test_options_go_before_the_file() -> None:
     Path("cluster.yaml").write_text("partition: gpu\naccount: vision\nnodes: 4\nsetup: [module load cuda]\n")
-    settings = cluster_settings(None, {"nodes": 2, "gpus_per_node": 8})
+    settings = cluster_settings("slurm", None, {"nodes": 2, "gpus_per_node": 8})
     assert (settings.partition, settings.account, settings.setup) == ("gpu", "vision", ["module load cuda"])
     assert settings.num_ranks == 16
+    here = cluster_settings("local", None, {"tasks_per_node": 2})
+    assert (here.partition, here.num_ranks) == (None, 2), "the file is about the cluster"
 
 
 @pytest.mark.parametrize(
@@ -37,12 +48,12 @@ def test_options_go_before_the_file() -> None:
 )
 def test_what_contradicts_itself_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        cluster_settings(None, options)
+        cluster_settings("slurm", None, options)
 
 
 def test_a_misspelt_setting_of_the_file_gets_the_right_one() -> None:
     Path("mine.yaml").write_text("partitoin: gpu\n")
     with pytest.raises(UserError, match=r"mine.yaml: partitoin is not a setting; did you mean partition\?"):
-        cluster_settings(Path("mine.yaml"), {})
+        cluster_settings("slurm", Path("mine.yaml"), {})
     with pytest.raises(UserError, match=r"absent.yaml cannot be read"):
-        cluster_settings(Path("absent.yaml"), {})
+        cluster_settings("slurm", Path("absent.yaml"), {})

@@ -11,6 +11,8 @@ import psutil
 import pytest
 
 from launcher.submit import main
+from nldist.errors import UserError
+from nldist.launch.checks import check
 from nldist.launch.settings import ClusterSettings
 from nldist.launch.submit import members, sbatch_text, seeds
 from tests.conftest import REPOSITORY
@@ -51,6 +53,24 @@ def test_seeds(text: str, sweep: str) -> None:
     assert seeds(text) == sweep
 
 
+def test_members_of_an_array(digits: Path) -> None:
+    with pytest.raises(UserError, match="must look like 0-4"):
+        seeds("many")
+    for sweep, words in (("optim.lr", r"must look like optim.lr=0.01,0.02"), ("run.seed=0,0", "names a value twice")):
+        with pytest.raises(UserError, match=words):
+            members(DIGITS, [f"data.root={digits}"], [sweep])
+    (config,) = members(DIGITS, [f"data.root={digits}", "run.dir=runs/x"], ["data.root=a/b"])
+    assert config.run.dir == Path("runs/x/data.root=a_b"), "one directory, next to the others"
+
+
+def test_members_that_share_a_stage_are_refused(digits: Path, tmp_path: Path) -> None:
+    settings = [f"data.root={digits}", f"run.dir={tmp_path}/run", "method.name=scanmix", f"run.stages_dir={tmp_path}"]
+    configs = members(DIGITS, settings, ["optim.lr=0.1,0.2"])
+    with pytest.raises(UserError, match=r"runs of the array share the stage .*pretext-"):
+        check(configs, ClusterSettings())
+    check(members(DIGITS, settings, ["run.seed=0,1"]), ClusterSettings())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -59,9 +79,8 @@ def test_seeds(text: str, sweep: str) -> None:
         (["--nodes", "2"], "--cluster local has one node, not 2"),
         (["--partition", "gpu"], "--partition is for Slurm; leave it out with --cluster local"),
         (["--stages"], "with --cluster local one job runs all stages"),
-        (["--array-seeds", "0-1"], "an array of 2 runs is for Slurm"),
-        (["--array-seeds", "many"], "must look like 0-4"),
-        (["--sweep", "optim.lr"], "must look like optim.lr=0.01,0.02"),
+        (["--array-seeds", "0-1"], "an array of runs is for Slurm"),
+        (["--gpus-per-node", "64"], "--gpus-per-node 64: this machine has"),
         (["data.root=nowhere"], "nowhere"),
         (["data.label_set=sym99"], "sym99"),
         (["train.epoch=1"], "did you mean train.epochs?"),
@@ -97,7 +116,7 @@ def start(digits: Path) -> Iterator[Start]:
 
 
 def submit(run_dir: Path, digits: Path) -> subprocess.Popen[str]:
-    settings = (f"data.root={digits}", f"run.dir={run_dir}", "track.every_seconds=0.2", "track.enabled=false", *SHORT)
+    settings = (f"data.root={digits}", f"run.dir={run_dir}", "track.every_seconds=0.001", "track.enabled=false", *SHORT)
     command = [
         sys.executable,
         "launcher/submit.py",
@@ -147,8 +166,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(start: Start, undisturbed: Pa
     wait_for_step(run_dir, 4)
     os.killpg(job.pid, signal.SIGINT)  # as a terminal does
     text, _ = job.communicate(timeout=120)
-    assert job.returncode == 1
-    assert "all saved" in text
+    assert job.returncode == 143
+    assert "ended: STOPPED" in text
     assert json.loads((run_dir / "status.json").read_text())["state"] == "stopped"
     job = start(run_dir)
     text, _ = job.communicate(timeout=300)

@@ -31,11 +31,17 @@ def launch(*arguments: object, env: dict[str, str]) -> subprocess.CompletedProce
 
 
 def submit(slurm: Cluster, digits: Path, run_dir: Path, *arguments: str) -> int:
-    """The number of the job that the launcher has queued."""
-    settings = (f"data.root={digits}", f"run.dir={run_dir}", "track.every_seconds=0.2", *SETTINGS)
+    """The number of the one job that the launcher has queued."""
+    (job,) = submit_all(slurm, digits, run_dir, *arguments)
+    return int(job)
+
+
+def submit_all(slurm: Cluster, digits: Path, run_dir: Path, *arguments: str) -> list[str]:
+    """The names of the jobs that the launcher has queued."""
+    settings = (f"data.root={digits}", f"run.dir={run_dir}", "track.every_seconds=0.001", *SETTINGS)
     done = launch(DIGITS, *settings, *NODES, *arguments, env=slurm.env)
     assert done.returncode == 0, done.stderr
-    return int(re.findall(r"^job (\d+)", done.stdout, re.M)[0])
+    return re.findall(r"^job (\w+)", done.stdout, re.M)
 
 
 def finish(slurm: Cluster, job: int, run_dir: Path) -> None:
@@ -173,12 +179,11 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_space(
 def test_stages_are_jobs_that_wait_for_each_other(slurm: Cluster, digits: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     settings = ("method.name=scanmix", "train.eval_batch_size=128", "track.enabled=false")
-    first = submit(slurm, digits, run_dir, *settings, "--array-seeds=0-1", "--stages")
-    jobs = [first + n for n in range(4)]
-    dependencies = [slurm.job(job)["Dependency"] for job in jobs]
-    assert dependencies[0] == "(null)"
-    for job, dependency in zip(jobs[1:], dependencies[1:], strict=True):
-        assert dependency.startswith(f"aftercorr:{job - 1}_*"), dependencies
+    names = submit_all(slurm, digits, run_dir, *settings, "--array-seeds=0-1", "--stages")
+    jobs = list(dict.fromkeys(name.partition("_")[0] for name in names))
+    assert names == [f"{job}_{member}" for job in jobs for member in (0, 1)]
+    for job, before in zip(jobs[1:], jobs, strict=False):
+        assert slurm.job(f"{job}_1")["Dependency"].startswith(f"aftercorr:{before}_")
     for job in jobs:
         for member in (0, 1):
             slurm.wait_for(f"{job}_{member}", "COMPLETED", timeout=300)

@@ -1,0 +1,48 @@
+"""What is refused before anything is queued: data, settings, run directories."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from nldist.config import Config
+from nldist.dist.world import World
+from nldist.dryrun import dry_run
+from nldist.errors import UserError
+from nldist.launch.settings import ClusterSettings
+from nldist.run import RunDirectory
+from nldist.stages import stage_directories
+from nldist.train import build_context
+
+
+def check(configs: Sequence[Config], settings: ClusterSettings) -> None:
+    """Refuse (UserError) what the runs would refuse when they start: data, labels, network, batch sizes."""
+    with tempfile.TemporaryDirectory() as cache:
+        # The nodes' cache is not this machine's.
+        here = [_with_cache(config, Path(cache)) for config in configs]
+        for _ in dry_run(here[0], settings.num_ranks):
+            pass
+        stages = [
+            set(stage_directories(config, build_context(config, World.single()).fingerprint(labels=False)).values())
+            for config in here
+        ]
+    for number, own in enumerate(stages):
+        for path in own.intersection(*[set().union(*stages[:number])]):
+            if RunDirectory(path).summary is None:
+                raise UserError(
+                    f"runs of the array share the stage {path}, which only one of them can run; run it first, in a job "
+                    "of its own, or give each run its own stages (run.stages_dir=null)"
+                )
+
+
+def _with_cache(config: Config, cache: Path) -> Config:
+    if config.data.cache_dir is None:
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"cache_dir": cache})})
+
+
+def claim(configs: Sequence[Config]) -> None:
+    """Refuse (UserError) run directories that cannot be written, are in use, or hold runs with other settings."""
+    for config in configs:
+        run = RunDirectory(config.run.dir)
+        run.claim(config)
+        run.release()

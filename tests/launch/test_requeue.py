@@ -1,0 +1,65 @@
+"""What the batch script decides, with a command in the place of scontrol. tests/slurm has the real one."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from nldist.launch.requeue import main
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file with what scontrol was told; it shows what `shown` holds."""
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "scontrol"
+    script.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/told\ncat {tmp_path}/shown\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "100")
+    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "told"
+
+
+def decide(told: Path, code: int, state: str, reason: str = "None", restarts: int = 0, max_crashes: int = 3) -> bool:
+    """Whether the job was requeued."""
+    told.with_name("shown").write_text(f"JobId=100 JobState={state} Reason={reason} Restarts={restarts}\n")
+    told.write_text("")
+    assert main(code, told.parent, max_crashes) == code
+    return any(line.startswith("requeue") for line in told.read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "reason", "restarts", "again"),
+    [
+        (0, "RUNNING", "None", 0, False),
+        (2, "RUNNING", "None", 0, False),  # for the user to put right
+        (144, "RUNNING", "None", 0, True),  # near the time limit, or preempted
+        (137, "RUNNING", "None", 0, True),  # a rank was killed
+        (143, "RUNNING", "None", 0, True),  # a rank died and SIGTERM ended the others
+        (144, "COMPLETING", "None", 0, False),  # scancel
+        (144, "COMPLETING", "TimeLimit", 0, True),
+        (144, "COMPLETING", "None", 1, False),  # Slurm has requeued it
+        (144, "COMPLETING", "TimeLimit", 1, False),
+    ],
+)
+def test_who_is_started_again(code: int, state: str, reason: str, restarts: int, again: bool, told: Path) -> None:
+    assert decide(told, code, state, reason, restarts) == again
+
+
+def test_crashes_in_a_row_are_counted_and_stops_are_not(told: Path) -> None:
+    assert [decide(told, 137, "RUNNING", max_crashes=2) for _ in range(3)] == [True, True, False]
+    assert decide(told, 144, "RUNNING", max_crashes=2)
+    crashes = told.with_name("100.crashes")
+    os.utime(crashes, (0, 0))
+    assert decide(told, 1, "RUNNING", max_crashes=2), "the last one was long ago"
+    assert crashes.read_text() == "1\n"
+
+
+def test_a_member_of_an_array_is_told_by_its_own_name(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of one member is that of the whole array."""
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "100")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert decide(told, 144, "RUNNING")
+    assert told.read_text().splitlines() == ["--oneliner show job 100_3", "requeue 100_3"]
