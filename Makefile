@@ -33,8 +33,9 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-# A run on a Slurm cluster of two nodes through twenty disturbances; as root, after .ci/install-slurm.
+# The slow tests, and a run on a Slurm cluster through twenty disturbances; as root, after .ci/install-slurm.
 soak: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.slurm.soak
 
 lint: setup

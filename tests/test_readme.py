@@ -24,7 +24,7 @@ def photos(root: Path) -> None:
 
 def test_the_commands_of_the_readme(tmp_path: Path) -> None:
     photos(tmp_path / "photos")
-    for name in ("tools", "configs"):
+    for name in ("tools", "configs", "launcher"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
     # Sizes that two CPU cores manage in seconds; nothing else of what the reader types is changed.

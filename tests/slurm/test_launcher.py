@@ -113,7 +113,10 @@ def kill_node(slurm: Cluster, job: int) -> None:
     slurm.start_node("n2")
 
 
-@pytest.mark.parametrize("disturb", [preempt, preempt_really, requeue, kill_rank, kill_node])
+@pytest.mark.parametrize(
+    "disturb",
+    [preempt, kill_rank, *(pytest.param(d, marks=pytest.mark.slow) for d in (preempt_really, requeue, kill_node))],
+)
 def test_a_disturbed_job_ends_as_if_left_alone(  # type: ignore[no-untyped-def]
     disturb, slurm: Cluster, digits: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -127,6 +130,33 @@ def test_a_disturbed_job_ends_as_if_left_alone(  # type: ignore[no-untyped-def]
     assert epoch_records(undisturbed) == epoch_records(run_dir)
     with sqlite3.connect(tmp_path / "mlflow.db") as store:
         assert store.execute("select status from runs").fetchall() == [("FINISHED",)]
+
+
+@pytest.mark.slow
+def test_a_job_at_its_time_limit_goes_on_in_the_next(slurm: Cluster, digits: Path, tmp_path: Path) -> None:
+    run_dir, settings = tmp_path / "run", tmp_path / "mine.yaml"
+    settings.write_text("grace_seconds: 25\n")
+    job = submit(slurm, digits, run_dir, "train.epochs=80", "--time=0:01:00", f"--cluster-file={settings}")
+    slurm.wait_for(job, "COMPLETED", timeout=900)
+    assert slurm.restarts(job) > 0
+    assert "all saved" in (run_dir / "logs" / f"{job}_0_log.out").read_text()
+    assert len(epoch_records(run_dir)) == 80
+    with sqlite3.connect(tmp_path / "mlflow.db") as store:
+        assert store.execute("select status from runs").fetchall() == [("FINISHED",)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("member", [0, 1])
+def test_a_preempted_member_of_an_array_is_started_again_alone(
+    member: int, slurm: Cluster, digits: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    names = submit_all(slurm, digits, run_dir, "--array-seeds=0-1", "track.enabled=false")
+    wait_for_step(run_dir / f"run.seed={member}", "epoch 2/4", 1)
+    slurm.run("scancel", "--signal=USR2", names[member])
+    for name in names:
+        slurm.wait_for(name, "COMPLETED", timeout=240)
+    assert [slurm.restarts(name) for name in names] == [int(member == 0), int(member == 1)]
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Cluster, digits: Path, tmp_path: Path) -> None:
@@ -153,18 +183,19 @@ def test_an_error_of_the_user_is_not_tried_again(slurm: Cluster, digits: Path, t
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a megabyte."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
+    """A file system of a megabyte, for the checkpoints of a run."""
+    disk = tmp_path / "run" / "checkpoints"
+    disk.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", disk], check=True)
     yield disk
     subprocess.run(["umount", "--lazy", disk], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_space(
     slurm: Cluster, digits: Path, undisturbed: Path, small_disk: Path
 ) -> None:
-    run_dir = small_disk / "run"
+    run_dir = small_disk.parent
     job = submit(slurm, digits, run_dir, "track.enabled=false")
     with pytest.raises(RuntimeError, match="FAILED"):
         slurm.wait_for(job, "COMPLETED", timeout=120)
@@ -176,6 +207,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_space(
     assert_same_weights(undisturbed, run_dir)
 
 
+@pytest.mark.slow
 def test_stages_are_jobs_that_wait_for_each_other(slurm: Cluster, digits: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     settings = ("method.name=scanmix", "train.eval_batch_size=128", "track.enabled=false")
@@ -197,7 +229,7 @@ def test_stages_are_jobs_that_wait_for_each_other(slurm: Cluster, digits: Path, 
     ("arguments", "words"),
     [
         (["--partition=gpu"], "partition gpu does not exist; this cluster has test, urgent"),
-        (["--nodes=500"], "Slurm refused the job: "),
+        (["--constraint=gpu80"], "Slurm refused the job: "),
         (["data.root=nowhere"], "nowhere"),
     ],
 )
