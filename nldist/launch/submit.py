@@ -1,5 +1,7 @@
 """From a configuration to queued jobs: members of an array, stages that depend on each other, executors."""
 
+import contextlib
+import io
 import itertools
 import os
 import shlex
@@ -188,10 +190,11 @@ def _queue(chosen: submitit.AutoExecutor, jobs: Sequence[TrainJob]) -> list[subm
     # Ctrl-C goes to all processes of a terminal. Ranks save then; submitit's controller would kill them, so it is deaf.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        if len(jobs) == 1:
-            return [chosen.submit(jobs[0])]
-        with chosen.batch():
-            return [chosen.submit(job) for job in jobs]
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit shows sbatch's, and then raises it
+            if len(jobs) == 1:
+                return [chosen.submit(jobs[0])]
+            with chosen.batch():
+                return [chosen.submit(job) for job in jobs]
     except FailedJobError as error:
         raise UserError(f"Slurm refused the job: {str(error).strip().splitlines()[-1]}") from None
     finally:
