@@ -21,17 +21,22 @@ def check(configs: Sequence[Config], settings: ClusterSettings) -> None:
         here = [_with_cache(config, Path(cache)) for config in configs]
         for _ in dry_run(here[0], settings.num_ranks):
             pass
-        stages = [
-            set(stage_directories(config, build_context(config, World.single()).fingerprint(labels=False)).values())
-            for config in here
-        ]
-    for number, own in enumerate(stages):
-        for path in own.intersection(*[set().union(*stages[:number])]):
-            if RunDirectory(path).summary is None:
+        stages = [_stages(config) for config in here]
+    taken: set[Path] = set()
+    for own in stages:
+        for path in own:
+            if path in taken and RunDirectory(path).summary is None:
                 raise UserError(
                     f"runs of the array share the stage {path}, which only one of them can run; run it first, in a job "
                     "of its own, or give each run its own stages (run.stages_dir=null)"
                 )
+        taken.update(own)
+
+
+def _stages(config: Config) -> list[Path]:
+    """The directories of a run's stages, in their order."""
+    images = build_context(config, World.single()).fingerprint(labels=False)
+    return list(stage_directories(config, images).values())
 
 
 def _with_cache(config: Config, cache: Path) -> Config:

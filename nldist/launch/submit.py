@@ -88,10 +88,16 @@ def check_cluster(cluster: Cluster, settings: ClusterSettings) -> None:
         if not has_slurm():
             raise UserError("--cluster slurm: there is no sbatch here; submit from a login node or use --cluster local")
         check_partition(settings.partition)
-    elif settings.nodes > 1:
+        return
+    if settings.nodes > 1:
         raise UserError(f"--cluster {cluster} has one node, not {settings.nodes}; leave --nodes out, or use slurm")
-    elif cluster == "debug" and settings.num_ranks > 1:
+    if cluster == "debug" and settings.num_ranks > 1:
         raise UserError(f"--cluster debug runs one rank in this process, not {settings.num_ranks}; use --cluster local")
+    num_gpus = len(gpus_here())
+    if num_gpus < settings.gpus_per_node:
+        raise UserError(f"--gpus-per-node {settings.gpus_per_node}: this machine has {num_gpus} GPU(s) for you")
+    if num_gpus and not settings.gpus_per_node:
+        print(f"the ranks use CPUs; --gpus-per-node {num_gpus} takes the GPU(s) of this machine", flush=True)
 
 
 def executor(cluster: Cluster, folder: Path, name: str, settings: ClusterSettings) -> submitit.AutoExecutor:
@@ -174,7 +180,7 @@ def submit(
             # Not to wait for ever for a stage that has failed.
             options = {"requeue": True, "kill-on-invalid-dep": "yes", **settings.sbatch}
             chosen.update_parameters(slurm_dependency=_dependency(before), slurm_additional_parameters=options)
-        here = Here(free_port(), visible_gpus(settings)) if cluster != "slurm" else None
+        here = Here(free_port(), ",".join(gpus_here()[: settings.gpus_per_node])) if cluster != "slurm" else None
         jobs = [TrainJob(config, [stage] if stage else None, here) for config in configs]
         before = Submission(stage, _queue(chosen, jobs))
         yield before
@@ -201,17 +207,12 @@ def _queue(chosen: submitit.AutoExecutor, jobs: Sequence[TrainJob]) -> list[subm
         signal.signal(signal.SIGINT, handler)
 
 
-def visible_gpus(settings: ClusterSettings) -> str:
-    """The GPUs for ranks on this machine, of those that this process may use, as CUDA_VISIBLE_DEVICES has them."""
+def gpus_here() -> list[str]:
+    """The GPUs of this machine that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
     ours = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = ours.split(",") if ours else [str(number) for number in range(torch.cuda.device_count())]
-    if len(names) < settings.gpus_per_node:
-        raise UserError(f"--gpus-per-node {settings.gpus_per_node}: this machine has {len(names)} GPU(s) for you")
-    if names and not settings.gpus_per_node:
-        print(f"the ranks use CPUs; --gpus-per-node {len(names)} takes the GPU(s) of this machine", flush=True)
-    return ",".join(names[: settings.gpus_per_node])
+    return ours.split(",") if ours else [str(number) for number in range(torch.cuda.device_count())]
 
 
 def free_port() -> int:
