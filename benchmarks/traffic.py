@@ -52,7 +52,7 @@ def main() -> None:
         for row in rows:
             print(f"{row['ranks']:5}  {row['pass']:10}  {row['steps']:5}  {row['sent']:9.3f}  {row['formula']:9.3f}")
     full = [predict(name, size) for name in FULL for size in (1, 8, 64, 1024)]
-    print(f"\n{'MiB sent by each rank':12}  {'ranks':>5}  {'step':>7}  {'pass':>9}  {'tables':>7}  {'search':>8}")
+    print(f"\n{'MiB sent by each rank':34}  {'ranks':>5}  {'step':>7}  {'pass':>9}  {'tables':>7}  {'search':>8}")
     for row in full:
         numbers = f"{row['step']:7.1f}  {row['epoch']:9,.0f}  {row['tables']:7.1f}  {row['search']:8,.0f}"
         print(f"{row['run']:34}  {row['ranks']:5}  {numbers}")
