@@ -21,6 +21,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import commands
 import record
 from commands import run_python
 
@@ -130,10 +131,9 @@ def unpack(archive: Path, target: Path, num_train: int) -> None:
 def train(name: str, setting: Setting, options: argparse.Namespace) -> Path:
     """One run on local ranks; its run directory."""
     run_dir: Path = options.work / options.labels / name
-    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
     settings = [f"run.dir={run_dir}", f"run.stages_dir={options.work / 'stages'}", f"data.root={options.work / 'data'}"]
     settings += [f"data.label_set={options.labels}", *setting.runs[name], *options.overrides]
-    run_python(*ranks, "-m", "nldist.cli", "train", f"benchmarks/{setting.config}.yaml", *settings)
+    commands.train(f"benchmarks/{setting.config}.yaml", *settings, ranks=options.ranks)
     return run_dir
 
 

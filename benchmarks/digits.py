@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import commands
 import record
 from commands import run_python
 
@@ -55,11 +56,10 @@ def train(method: str, rate: int, seed: int, work: Path, data: Path) -> dict[str
     noise = ["--model", "symmetric", "--rate", str(rate / 100), "--seed", str(seed), "--name", name]
     run_python("tools/noise.py", str(data), *noise)
     run_dir = work / name / method
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     settings = [f"method.name={method}", f"run.dir={run_dir}", f"run.stages_dir={work / 'stages'}", f"run.seed={seed}"]
     settings += [f"data.root={data}", f"data.label_set={name}", "track.enabled=false"]
     settings += AT_90[method] if rate == 90 else []
-    run_python(*ranks, "-m", "nldist.cli", "train", "configs/demo.yaml", *settings)
+    commands.train("configs/demo.yaml", *settings)
     summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
     return {"rate": rate, **summary}
 

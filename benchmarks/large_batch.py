@@ -10,6 +10,7 @@ benchmarks/results/large_batch-DATE.json. (DivideMix issue 53: users report that
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,4 +58,4 @@ def run(work: Path, data: Path, batch: int, rule: str, seed: int) -> dict[str, A
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,6 +14,7 @@ Leaves benchmarks/results/traffic-DATE.json.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,4 +126,4 @@ def predict(name: str, size: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

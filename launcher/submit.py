@@ -126,7 +126,8 @@ def queue(configs: list[Config], cluster: Cluster, settings: ClusterSettings, op
     from nldist.launch.submit import share_cores, submit
 
     root, jobs = root_of(configs), []
-    share_cores(settings)
+    if cluster != "slurm":
+        share_cores(settings)
     stages = chain(configs[0]) if options.stages else None
     for submission in submit(configs, cluster, (root / "logs").absolute(), settings, stages):
         jobs += submission.jobs

@@ -6,6 +6,7 @@ import itertools
 import os
 import shlex
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from nldist.launch.job import Here, TrainJob
 from nldist.launch.settings import Cluster, ClusterSettings
 from nldist.launch.slurm import check_partition, has_slurm
 
-MAIN = "train"
 _UNLIMITED_MINUTES = 60 * 24 * 365
 _ARRAY_PARALLELISM = 256
 
@@ -100,8 +100,12 @@ def check_cluster(cluster: Cluster, settings: ClusterSettings) -> None:
         print(f"the ranks use CPUs; --gpus-per-node {num_gpus} takes the GPU(s) of this machine", flush=True)
 
 
-def executor(cluster: Cluster, folder: Path, name: str, settings: ClusterSettings) -> submitit.AutoExecutor:
+def executor(
+    cluster: Cluster, folder: Path, name: str, settings: ClusterSettings, dependency: str | None = None
+) -> submitit.AutoExecutor:
     """submitit's executor with the settings; its log files, one per rank, are in `folder`."""
+    # A job must not wait for ever for a stage that has failed.
+    waits = {"kill-on-invalid-dep": "yes"} if dependency else {}
     chosen = submitit.AutoExecutor(folder=folder, cluster=cluster)
     parameters: dict[str, Any] = {
         "name": name,
@@ -116,7 +120,8 @@ def executor(cluster: Cluster, folder: Path, name: str, settings: ClusterSetting
             f"{shlex.quote(str(folder))} {settings.max_crashes}"
         ],
         "slurm_srun_args": _srun(settings),
-        "slurm_additional_parameters": {"requeue": True, **settings.sbatch},
+        "slurm_additional_parameters": {"requeue": True, **waits, **settings.sbatch},
+        "slurm_dependency": dependency,
         "slurm_array_parallelism": _ARRAY_PARALLELISM,
     }
     for option in ("gpus_per_node", "cpus_per_task", "mem_gb"):
@@ -166,7 +171,7 @@ def submit(
     Args:
         configs: of the members of an array; one is a job of its own.
         cluster, settings: where, and with what.
-        folder: of log files.
+        folder: of log files, in the directory that the jobs are named after.
         stages: a job for each of these, which starts when the one before has ended well; None = one job for all.
 
     Raises:
@@ -174,12 +179,9 @@ def submit(
     """
     before: Submission | None = None
     for stage in stages if stages is not None else [None]:
-        name = configs[0].run.dir.parent.name if len(configs) > 1 else configs[0].run.dir.name
-        chosen = executor(cluster, folder, name if stage is None else f"{name}-{stage}", settings)
-        if before is not None:
-            # Not to wait for ever for a stage that has failed.
-            options = {"requeue": True, "kill-on-invalid-dep": "yes", **settings.sbatch}
-            chosen.update_parameters(slurm_dependency=_dependency(before), slurm_additional_parameters=options)
+        name = folder.parent.name
+        dependency = _dependency(before) if before is not None else None
+        chosen = executor(cluster, folder, f"{name}-{stage}" if stage else name, settings, dependency)
         here = Here(free_port(), ",".join(gpus_here()[: settings.gpus_per_node])) if cluster != "slurm" else None
         jobs = [TrainJob(config, [stage] if stage else None, here) for config in configs]
         before = Submission(stage, _queue(chosen, jobs))
@@ -217,8 +219,6 @@ def gpus_here() -> list[str]:
 
 def free_port() -> int:
     """A port of this machine that nobody uses."""
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
