@@ -95,7 +95,9 @@ def preempt(slurm: Cluster, job: int) -> None:
 
 def preempt_really(slurm: Cluster, job: int) -> None:
     """By a job of a partition with a higher priority, as Slurm is set up at many places: SIGTERM first."""
-    urgent = slurm.run("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 2")
+    urgent = slurm.run(
+        "sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"
+    )
     slurm.wait_for(urgent, "COMPLETED", timeout=90)
 
 
