@@ -30,8 +30,9 @@ demo: setup
 	@echo; echo "Which labels are wrong: $(DEMO)/scanmix/tables/samples.parquet"
 	@echo "To look at all runs:    $(BIN)/mlflow ui --backend-store-uri sqlite:///$(DEMO)/mlflow.db"
 
+# Many tests wait for processes that start or time out; two at a time use that.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 # The slow tests, and a run on a Slurm cluster through twenty disturbances; as root, after .ci/install-slurm.
 soak: setup

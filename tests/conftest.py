@@ -2,11 +2,22 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.mlflow_server import Server
+
 REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.hookimpl(tryfirst=True)  # before the plugin looks for groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Several workers (`pytest -n`) share the files among them; those that need the Slurm cluster stay together."""
+    for item in items:
+        group = "slurm" if item.path.parent.name == "slurm" else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def run_tool(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -22,3 +33,13 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_tool("tools/shard.py", "digits", root, "--shard-size", 300)
     run_tool("tools/noise.py", root, "--model", "symmetric", "--rate", 0.5, "--seed", 0, "--name", "sym50")
     return root
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """An MLflow server that is not started yet."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+    server = Server(folder)
+    yield server
+    server.close()

@@ -1,6 +1,7 @@
 """What a job runs on each of its ranks."""
 
 import os
+import signal
 from dataclasses import dataclass
 
 import submitit
@@ -58,4 +59,7 @@ class TrainJob:
             # Slurm sends SIGTERM for a preemption and for scancel alike: the batch script sees which it was. And where
             # a rank dies and SIGTERM ends the others srun gives 143, too: that is no stop with all saved.
             code = EXIT_REQUEUE
+        if code == EXIT_REQUEUE:
+            # srun ends the others when the first has ended; they are about to, and with this code.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(code)

@@ -22,15 +22,18 @@ def main(code: int, folder: Path, max_crashes: int) -> int:
     """Requeue this job where its ranks ended with `code` before they were done; returns the job's exit code.
 
     A run that stopped for a time limit or a preemption is always started again. One that crashed is so
-    `max_crashes` times in a row: a lost rank is worth another try, an error in every try is not.
+    `max_crashes` times in a row: a lost rank is worth another try, an error in every try is not, nor is a time
+    limit that comes before the ranks have begun to listen for signals.
     """
     if code in _FINAL:
         return code
     facts = _facts()
     if not _is_ours_to_decide(facts):
         return code
-    crashed = code != EXIT_REQUEUE and facts["Reason"] != _OUT_OF_TIME
-    if crashed and _count_crash(folder / f"{os.environ['SLURM_JOB_ID']}.crashes", code) > max_crashes:
+    crashes = folder / f"{os.environ['SLURM_JOB_ID']}.crashes"
+    if code == EXIT_REQUEUE:
+        crashes.unlink(missing_ok=True)
+    elif facts["Reason"] != _OUT_OF_TIME and _count_crash(crashes, code) > max_crashes:
         _say(f"ended with code {code}, its {max_crashes + 1}. crash in a row: it is not started again")
         return code
     _say(f"ended with code {code}: it is started again")
@@ -39,7 +42,7 @@ def main(code: int, folder: Path, max_crashes: int) -> int:
 
 
 def _count_crash(file: Path, code: int) -> int:
-    """Note a crash; returns how many there were in a row, with less than an hour from one to the next."""
+    """Note a crash; returns how many there were in a row, without a stop or an hour in between."""
     if file.exists() and time.time() - file.stat().st_mtime > _ROW_SECONDS:
         file.unlink()
     with file.open("a+") as lines:

@@ -48,10 +48,11 @@ def test_who_is_started_again(code: int, state: str, reason: str, restarts: int,
     assert decide(told, code, state, reason, restarts) == again
 
 
-def test_crashes_in_a_row_are_counted_and_stops_are_not(told: Path) -> None:
-    assert [decide(told, 137, "RUNNING", max_crashes=2) for _ in range(3)] == [True, True, False]
-    assert decide(told, 144, "RUNNING", max_crashes=2)
+def test_crashes_are_counted_until_a_run_stops_with_all_saved(told: Path) -> None:
+    codes = (137, 140, 144, 137, 137, 1)
+    assert [decide(told, code, "RUNNING", max_crashes=2) for code in codes] == [True] * 5 + [False]
     crashes = told.with_name("100.crashes")
+    assert crashes.read_text() == "137\n137\n1\n"
     os.utime(crashes, (0, 0))
     assert decide(told, 1, "RUNNING", max_crashes=2), "the last one was long ago"
     assert crashes.read_text() == "1\n"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.mlflow_server import Server, client, points_in_lines, points_in_mlflow
 from tests.slurm.cluster import Cluster
 from tests.slurm.daemons import until
 from tests.test_train import assert_same_weights, epoch_records
@@ -207,6 +208,29 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_space(
     job = submit(slurm, digits, run_dir, "track.enabled=false")
     finish(slurm, job, run_dir)
     assert_same_weights(undisturbed, run_dir)
+
+
+@pytest.mark.slow
+def test_an_mlflow_server_that_was_away_for_half_of_a_run_has_all_of_it(
+    slurm: Cluster, digits: Path, undisturbed: Path, server: Server, tmp_path: Path
+) -> None:
+    """The server dies in the first epoch and is back in the third; in between the job is preempted and goes on."""
+    run_dir = tmp_path / "run"
+    server.start()
+    job = submit(slurm, digits, run_dir, f"track.uri={server.uri}")
+    wait_for_step(run_dir, "epoch 1/4", 3)
+    server.kill()
+    wait_for_step(run_dir, "epoch 2/4", 3)
+    preempt(slurm, job)
+    slurm.wait_for_restart(job, 1)
+    wait_for_step(run_dir, "epoch 3/4", 3)
+    server.start()
+    finish(slurm, job, run_dir)
+    assert_same_weights(undisturbed, run_dir)
+    store = client(server.uri)
+    (run,) = store.search_runs([experiment.experiment_id for experiment in store.search_experiments()])
+    assert run.info.status == "FINISHED"
+    assert points_in_mlflow(server.uri, run.info.run_id) == points_in_lines(run_dir)
 
 
 @pytest.mark.slow
