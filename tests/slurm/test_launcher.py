@@ -138,7 +138,7 @@ def test_a_disturbed_job_ends_as_if_left_alone(  # type: ignore[no-untyped-def]
 @pytest.mark.slow
 def test_a_job_at_its_time_limit_goes_on_in_the_next(slurm: Cluster, digits: Path, tmp_path: Path) -> None:
     run_dir, settings = tmp_path / "run", tmp_path / "mine.yaml"
-    settings.write_text("grace_seconds: 25\n")
+    settings.write_text("grace_seconds: 5\n")  # Slurm looks every 30 s and sends its signal up to so much earlier
     job = submit(slurm, digits, run_dir, "train.epochs=80", "--time=0:01:00", f"--cluster-file={settings}")
     slurm.wait_for(job, "COMPLETED", timeout=900)
     assert slurm.restarts(job) > 0
