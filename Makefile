@@ -32,7 +32,7 @@ demo: setup
 
 # Many tests wait for processes that start or time out; two at a time use that.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # The slow tests, and a run on a Slurm cluster through twenty disturbances; as root, after .ci/install-slurm.
 soak: setup

@@ -111,7 +111,7 @@ def _compare(options: argparse.Namespace) -> int:
     from nldist.files import write_text
 
     rows = compare(options.runs)
-    print(table(rows))
+    print(table(options.runs, rows))
     if options.json:
         write_text(options.json, json.dumps(rows, indent=2) + "\n")
     return 0

@@ -123,14 +123,15 @@ def compare(run_dirs: list[Path]) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows of `compare` as aligned text."""
+def table(run_dirs: list[Path], rows: list[dict[str, Any]]) -> str:
+    """The rows of `compare` as aligned text; runs of one method are told apart by their directories."""
     lines = [("method", "best %", "last %", "split AUC", "images/s", "ranks")]
-    for row in rows:
+    methods = [row["method"] for row in rows]
+    for run_dir, row in zip(run_dirs, rows, strict=True):
         auc = "-" if row["split_auc"] is None else f"{row['split_auc']:.3f}"
         lines.append(
             (
-                row["method"],
+                row["method"] if methods.count(row["method"]) == 1 else str(run_dir),
                 f"{row['best']:.2f}",
                 f"{row['last']:.2f}",
                 auc,

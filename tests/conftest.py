@@ -12,14 +12,6 @@ from tests.mlflow_server import Server
 REPOSITORY = Path(__file__).parent.parent
 
 
-@pytest.hookimpl(tryfirst=True)  # before the plugin looks for groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Several workers (`pytest -n`) share the files among them; those that need the Slurm cluster stay together."""
-    for item in items:
-        group = "slurm" if item.path.parent.name == "slurm" else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 def run_tool(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS` from the repository's root."""
     command = [sys.executable, *map(str, arguments)]

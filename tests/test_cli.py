@@ -108,6 +108,8 @@ def test_compare_prints_and_writes_the_rows(tmp_path: Path, capsys: pytest.Captu
         }
         (tmp_path / method / "summary.json").write_text(json.dumps(summary))
     runs = [str(tmp_path / "cross_entropy"), str(tmp_path / "dividemix")]
+    assert main(["compare", runs[0], *runs]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [runs[0], runs[0], "dividemix"]
     assert main(["compare", *runs, "--json", str(tmp_path / "table.json")]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[1].split() == ["cross_entropy", "98.50", "97.25", "-", "1,234", "2"]

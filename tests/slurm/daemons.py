@@ -1,5 +1,6 @@
 """Processes of a test cluster that run in the foreground and log to a file."""
 
+import random
 import socket
 import subprocess
 import time
@@ -19,9 +20,12 @@ def until(condition: Callable[[], object], what: str, timeout: float) -> None:
 
 
 def free_ports(number: int, first: int = 17000, last: int = 30000) -> list[int]:
-    """`number` TCP ports on which nobody listens, below those that the kernel gives to clients."""
+    """`number` TCP ports on which nobody listens, below those that the kernel gives to clients.
+
+    In random order, so that two clusters that start together do not choose the same.
+    """
     ports: list[int] = []
-    for port in range(first, last):
+    for port in random.sample(range(first, last), last - first):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) != 0:
                 ports.append(port)
