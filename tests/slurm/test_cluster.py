@@ -57,6 +57,7 @@ def _rows(slurm: Cluster, job_id: int) -> list[tuple[str, ...]]:
     return [tuple(row[name] for name in names) for row in slurm.history(job_id)]
 
 
+@pytest.mark.slow
 def test_a_requeued_job_starts_again_and_counts(slurm: Cluster, tmp_path: Path) -> None:
     script = batch_script(
         tmp_path, "echo start ${SLURM_RESTART_COUNT-none} >> starts", "test $SLURM_RESTART_COUNT || sleep 600"
@@ -75,6 +76,7 @@ def _states(slurm: Cluster, job_id: int) -> list[str]:
     return [row["State"] for row in slurm.history(job_id) if row["JobID"] == str(job_id)]
 
 
+@pytest.mark.slow
 def test_a_job_whose_node_dies_is_requeued_and_runs_when_the_node_is_back(slurm: Cluster, tmp_path: Path) -> None:
     task = "srun bash -c 'echo $SLURMD_NODENAME >> starts; test $SLURM_RESTART_COUNT || sleep 600'"
     job_id = slurm.submit(batch_script(tmp_path, task), "--nodes=2", "--ntasks-per-node=1")
@@ -90,6 +92,7 @@ def test_a_job_whose_node_dies_is_requeued_and_runs_when_the_node_is_back(slurm:
     assert slurm.processes(job_id) == []
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_step_while_the_batch_script_goes_on(slurm: Cluster, tmp_path: Path) -> None:
     lines = ("srun --kill-on-bad-exit=1 sleep 600 || code=$?", "echo $code > code")
     job_id = slurm.submit(batch_script(tmp_path, *lines), *TWO_BY_TWO)
@@ -101,6 +104,7 @@ def test_a_killed_rank_ends_the_step_while_the_batch_script_goes_on(slurm: Clust
     assert slurm.processes(job_id) == []
 
 
+@pytest.mark.slow
 def test_variables_that_tell_a_task_from_the_batch_script(slurm: Cluster, tmp_path: Path) -> None:
     script = batch_script(tmp_path, "env > batch.env", "srun bash -c 'env > $SLURM_PROCID.env'")
     slurm.wait_for(slurm.submit(script, *TWO_BY_TWO), "COMPLETED")
@@ -124,6 +128,7 @@ def sum_of_ranks() -> tuple[int, int, str]:
     return world.rank, int(total), os.environ["SET_UP"]
 
 
+@pytest.mark.slow
 def test_submitit_runs_ranks_that_meet(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_CONF", slurm.env["SLURM_CONF"])
     monkeypatch.chdir(REPOSITORY)
@@ -154,6 +159,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_cluster_whose_process_is_killed(slurm: Cluster, tmp_path: Path) -> None:
     script = batch_script(tmp_path, "srun sleep 600")
     owner = subprocess.Popen(
