@@ -33,8 +33,9 @@ FULL = {
         "d": 1536,
         "k": 50,
         "model": "inception_resnet_v2",
+        "classes": 1000,
     },
-    "clothing1m, resnet50": {"N": 1_000_000, "batch": 64, "d": 2048, "k": 20, "model": "resnet50"},
+    "clothing1m, resnet50": {"N": 1_000_000, "batch": 64, "d": 2048, "k": 20, "model": "resnet50", "classes": 14},
 }
 
 
@@ -111,7 +112,7 @@ def neighbours(size: int, num_samples: int, dim: int, k: int) -> float:
 def predict(name: str, size: int) -> dict[str, Any]:
     """A full run by the formulas."""
     facts: dict[str, Any] = FULL[name]
-    network = build_model(facts["model"], 1000)
+    network = build_model(facts["model"], facts["classes"])
     num_parameters = sum(p.numel() for p in network.parameters())
     num_buffers = sum(b.numel() for b in network.buffers() if b.is_floating_point())
     steps = -(-facts["N"] // (facts["batch"] * size))

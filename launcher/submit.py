@@ -114,10 +114,11 @@ def print_files(configs: list[Config], settings: ClusterSettings, stages: bool) 
     """The batch file of each job."""
     from nldist.launch.submit import sbatch_text
 
-    root = root_of(configs)
+    root, before = root_of(configs), None
     for stage in chain(configs[0]) if stages else [None]:
         name = f"{root.name}-{stage}" if stage else root.name
-        print(sbatch_text(configs, (root / "logs").absolute(), name, settings))
+        print(sbatch_text(configs, (root / "logs").absolute(), name, settings, before))
+        before = f"JOB-{stage}"  # whose number is not known yet
 
 
 def queue(configs: list[Config], cluster: Cluster, settings: ClusterSettings, options: argparse.Namespace) -> int:
@@ -129,10 +130,15 @@ def queue(configs: list[Config], cluster: Cluster, settings: ClusterSettings, op
     if cluster != "slurm":
         share_cores(settings)
     stages = chain(configs[0]) if options.stages else None
-    for submission in submit(configs, cluster, (root / "logs").absolute(), settings, stages):
-        jobs += submission.jobs
-        print("\n".join(report(submission.stage, submission.jobs)), flush=True)
-    print("\n".join(advice(configs, root, cluster, [job.job_id for job in jobs])), flush=True)
+    try:
+        for submission in submit(configs, cluster, (root / "logs").absolute(), settings, stages):
+            jobs += submission.jobs
+            print("\n".join(report(submission.stage, submission.jobs)), flush=True)
+    except UserError as error:
+        if not jobs:
+            raise
+        raise UserError(f"{error}; the stages before are queued: scancel {numbers(jobs)}") from None
+    print("\n".join(advice(configs, root, cluster, jobs)), flush=True)
     if cluster == "debug":
         return max(job.result() for job in jobs)
     return wait(jobs) if options.wait else 0
@@ -152,7 +158,12 @@ def report(stage: str | None, jobs: list) -> Iterator[str]:
         yield f"job {job.job_id}{what}: {job.paths.stdout}"
 
 
-def advice(configs: list[Config], root: Path, cluster: str, ids: list[str]) -> Iterator[str]:
+def numbers(jobs: list) -> str:
+    """The jobs as scancel knows them; an array by the number that its members share."""
+    return " ".join(dict.fromkeys(job.job_id.partition("_")[0] for job in jobs))
+
+
+def advice(configs: list[Config], root: Path, cluster: str, jobs: list) -> Iterator[str]:
     """Where to look, and what to type next."""
     run = configs[0].run.dir
     yield f"runs in    {root}" + (f" ({len(configs)} of them)" if len(configs) > 1 else "")
@@ -161,9 +172,9 @@ def advice(configs: list[Config], root: Path, cluster: str, ids: list[str]) -> I
         yield f"MLflow     {uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {shlex.quote(uri)}'}"
     yield f"to follow  nldist status {shlex.quote(str(run))}"
     if cluster == "slurm":
-        yield f"to cancel  scancel {' '.join(dict.fromkeys(name.partition('_')[0] for name in ids))}"
+        yield f"to cancel  scancel {numbers(jobs)}"
     elif cluster == "local":
-        yield f"to stop    kill {ids[0]} (saved; the same command goes on)"
+        yield f"to stop    kill {jobs[0].job_id} (saved; the same command goes on)"
 
 
 if __name__ == "__main__":

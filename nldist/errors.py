@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import ParamSpec
 
 P = ParamSpec("P")
+EXIT_REFUSED = 2  # as argparse's: something that the user can put right
 
 
 class UserError(Exception):
@@ -43,7 +44,7 @@ def main_guard(main: Callable[P, int | None]) -> Callable[P, int]:
                 raise
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr)
-            return 2
+            return EXIT_REFUSED
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

@@ -49,7 +49,7 @@ class Place:
 
     @classmethod
     def _of_slurm(cls) -> "Place":
-        from submitit.slurm.slurm import SlurmJobEnvironment
+        from submitit.slurm.slurm import _parse_node_list
 
         num_local = _tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"])[_number("SLURM_NODEID")]
         return cls(
@@ -59,9 +59,10 @@ class Place:
             num_local=num_local,
             # Not those that it may use: Slurm need not bind a job to its own.
             num_threads=max(1, _number("SLURM_CPUS_ON_NODE") // num_local),
-            address=SlurmJobEnvironment().hostnames[0],
-            # Neighbouring jobs and steps have different ports, so that two on one node do not meet.
-            port=_FIRST_PORT + (_number("SLURM_JOB_ID") * 8 + _number("SLURM_STEP_ID")) % _NUM_PORTS,
+            address=_parse_node_list(os.environ["SLURM_STEP_NODELIST"])[0],
+            # Neighbouring jobs and steps have different ports, so that two on one node do not meet; so have the starts
+            # of a job, as the port of one may be taken.
+            port=_FIRST_PORT + (_number("SLURM_JOB_ID") * 8 + _number("SLURM_STEP_ID") + 997 * num_restarts()) % _NUM_PORTS,
         )
 
 

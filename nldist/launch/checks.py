@@ -19,8 +19,9 @@ def check(configs: Sequence[Config], settings: ClusterSettings) -> None:
     with tempfile.TemporaryDirectory() as cache:
         # The nodes' cache is not this machine's.
         here = [_with_cache(config, Path(cache)) for config in configs]
-        for _ in dry_run(here[0], settings.num_ranks):
-            pass
+        for config in _different(here):
+            for _ in dry_run(config, settings.num_ranks):
+                pass
         stages = [_stages(config) for config in here]
     taken: set[Path] = set()
     for own in stages:
@@ -31,6 +32,15 @@ def check(configs: Sequence[Config], settings: ClusterSettings) -> None:
                     "of its own, or give each run its own stages (run.stages_dir=null)"
                 )
         taken.update(own)
+
+
+def _different(configs: Sequence[Config]) -> list[Config]:
+    """One of those that differ in nothing but their seeds and run directories, which no check depends on."""
+    seen: dict[str, Config] = {}
+    for config in configs:
+        run = config.run.model_copy(update={"seed": 0, "dir": Path()})
+        seen.setdefault(config.model_copy(update={"run": run}).model_dump_json(), config)
+    return list(seen.values())
 
 
 def _stages(config: Config) -> list[Path]:

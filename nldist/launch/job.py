@@ -8,7 +8,8 @@ import submitit
 
 from nldist.config import Config
 from nldist.dist.stop import EXIT_REQUEUE, EXIT_STOPPED, REQUEST
-from nldist.errors import main_guard
+from nldist.errors import EXIT_REFUSED, main_guard
+from nldist.launch.requeue import refusal
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,9 @@ class Here:
         rank, size = str(place.local_rank), str(place.num_tasks)
         os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=size)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.port), CUDA_VISIBLE_DEVICES=self.gpus)
-        # Of an earlier job whose process had the same number.
-        place.paths.result_pickle.unlink(missing_ok=True)
+        if "SUBMITIT_FOLDER" in os.environ:  # not where submitit runs the job in its own process
+            # Of an earlier job whose process had the same number.
+            place.paths.result_pickle.unlink(missing_ok=True)
 
 
 @dataclass
@@ -55,6 +57,8 @@ class TrainJob:
         code = main_guard(train)(self.config, self.stages)
         if code == 0 or (self.here is not None and code != EXIT_REQUEUE):
             return code
+        if code == EXIT_REFUSED and "SLURM_JOB_ID" in os.environ:
+            refusal(submitit.JobEnvironment().paths.folder).touch()
         if code == EXIT_STOPPED:
             # Slurm sends SIGTERM for a preemption and for scancel alike: the batch script sees which it was. And where
             # a rank dies and SIGTERM ends the others srun gives 143, too: that is no stop with all saved.

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from nldist.dist.environment import job_id, num_restarts
 from nldist.dist.stop import EXIT_REQUEUE
+from nldist.errors import EXIT_REFUSED
 
 _NUM_TRIES, _TRY_SECONDS = 30, 10
-_ROW_SECONDS = 3600
+_LONG_SECONDS = 3600
 _OUT_OF_TIME = "TimeLimit"
-_FINAL = (0, 2)  # done; something for the user to put right
 
 
 def main(code: int, folder: Path, max_crashes: int) -> int:
@@ -25,26 +25,43 @@ def main(code: int, folder: Path, max_crashes: int) -> int:
     `max_crashes` times in a row: a lost rank is worth another try, an error in every try is not, nor is a time
     limit that comes before the ranks have begun to listen for signals.
     """
-    if code in _FINAL:
+    if refusal(folder).exists():
+        code = EXIT_REFUSED
+    if code in (0, EXIT_REFUSED):
         return code
     facts = _facts()
     if not _is_ours_to_decide(facts):
         return code
     crashes = folder / f"{os.environ['SLURM_JOB_ID']}.crashes"
-    if code == EXIT_REQUEUE:
+    if code == EXIT_REQUEUE or _seconds(facts["RunTime"]) > _LONG_SECONDS:
         crashes.unlink(missing_ok=True)
-    elif facts["Reason"] != _OUT_OF_TIME and _count_crash(crashes, code) > max_crashes:
+    if code != EXIT_REQUEUE and _count_crash(crashes, code) > max_crashes:
         _say(f"ended with code {code}, its {max_crashes + 1}. crash in a row: it is not started again")
         return code
     _say(f"ended with code {code}: it is started again")
-    _scontrol("requeue", _name())
+    # Somebody may cancel the job in this moment: Slurm would start a running one again, and one that has ended.
+    only = ["incomplete"] if facts["JobState"] == "RUNNING" else []
+    _scontrol("requeue", *only, _name())
     return code
 
 
+def refusal(folder: Path) -> Path:
+    """A rank that has found something for the user to put right leaves this file.
+
+    Its exit code would not do: the others may be killed, and then srun ends with their code, which is higher.
+    """
+    return folder / f"{os.environ['SLURM_JOB_ID']}.refused"
+
+
+def _seconds(run_time: str) -> int:
+    """Slurm's "1-02:03:04", how long this start has lasted."""
+    days, _, clock = run_time.rpartition("-")
+    hours, minutes, seconds = map(int, clock.split(":"))
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 def _count_crash(file: Path, code: int) -> int:
-    """Note a crash; returns how many there were in a row, without a stop or an hour in between."""
-    if file.exists() and time.time() - file.stat().st_mtime > _ROW_SECONDS:
-        file.unlink()
+    """Note a crash; returns how many there were in a row."""
     with file.open("a+") as lines:
         lines.write(f"{code}\n")
         lines.seek(0)

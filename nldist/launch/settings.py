@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from nldist.config import Name, Section
 from nldist.config_file import explain
@@ -35,6 +35,14 @@ class ClusterSettings(Section):
     setup: list[str] = Field([], description="shell lines before the ranks start, such as 'module load cuda'")
     srun: list[str] = Field([], description="further options of srun, such as [--container-image=/images/a.sqsh]")
     sbatch: dict[str, Any] = Field({}, description="further options of sbatch, such as {exclude: n13}")
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _is_text(cls, value: object) -> object:
+        """YAML reads 24:00:00 as the number 86400, which Slurm would take for minutes."""
+        if isinstance(value, int):
+            raise ValueError("put it in quotes: without, YAML reads a time as a number")
+        return value
 
     @property
     def ranks_per_node(self) -> int:

@@ -48,10 +48,14 @@ def members(path: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> list
     if not sweeps:
         return [load_config(path, overrides)]
     axes = []
+    taken = {override.partition("=")[0] for override in overrides}
     for sweep in sweeps:
         key, equals, values = sweep.partition("=")
         if not equals or not values or key == "run.dir":
             raise UserError(f"sweep '{sweep}' must look like optim.lr=0.01,0.02")
+        if key in taken:
+            raise UserError(f"sweep '{sweep}': {key} is given twice; leave one out")
+        taken.add(key)
         axes.append([f"{key}={value}" for value in values.split(",")])
     root = load_config(path, overrides).run.dir
     names = [",".join(each) for each in itertools.product(*axes)]
@@ -114,10 +118,11 @@ def executor(
         "timeout_min": settings.minutes if cluster == "slurm" else _UNLIMITED_MINUTES,
         "slurm_signal_delay_s": settings.grace_seconds,
         "slurm_setup": _setup(settings),
-        # Its argument is the exit code of srun, which is the command before.
         "slurm_teardown": [
-            f"{shlex.quote(sys.executable)} -m nldist.launch.requeue $? "
-            f"{shlex.quote(str(folder))} {settings.max_crashes}"
+            "code=$?  # of srun, which is the command before",
+            "trap '' TERM USR2  # the decision must not be interrupted",
+            f"{shlex.quote(sys.executable)} -m nldist.launch.requeue $code "
+            f"{shlex.quote(str(folder))} {settings.max_crashes}",
         ],
         "slurm_srun_args": _srun(settings),
         "slurm_additional_parameters": {"requeue": True, **waits, **settings.sbatch},
@@ -146,12 +151,16 @@ def _setup(settings: ClusterSettings) -> list[str]:
         f"export OMP_NUM_THREADS={threads}",
         "export OMP_WAIT_POLICY=passive",
         *settings.setup,
+        "set +e  # or a rank's exit code would end this shell before it can requeue",
     ]
 
 
-def sbatch_text(configs: Sequence[Config], folder: Path, name: str, settings: ClusterSettings) -> str:
-    """The batch file that would be submitted."""
-    slurm = executor("slurm", folder, name, settings)._executor
+def sbatch_text(
+    configs: Sequence[Config], folder: Path, name: str, settings: ClusterSettings, before: str | None = None
+) -> str:
+    """The batch file that would be submitted, after a job called `before`."""
+    dependency = _after(before, len(configs)) if before else None
+    slurm = executor("slurm", folder, name, settings, dependency)._executor
     assert isinstance(slurm, submitit.SlurmExecutor)
     if len(configs) > 1:
         slurm.parameters["map_count"] = len(configs)
@@ -180,7 +189,7 @@ def submit(
     before: Submission | None = None
     for stage in stages if stages is not None else [None]:
         name = folder.parent.name
-        dependency = _dependency(before) if before is not None else None
+        dependency = _after(before.jobs[0].job_id.partition("_")[0], len(before.jobs)) if before else None
         chosen = executor(cluster, folder, f"{name}-{stage}" if stage else name, settings, dependency)
         here = Here(free_port(), ",".join(gpus_here()[: settings.gpus_per_node])) if cluster != "slurm" else None
         jobs = [TrainJob(config, [stage] if stage else None, here) for config in configs]
@@ -188,10 +197,9 @@ def submit(
         yield before
 
 
-def _dependency(before: Submission) -> str:
-    """Of an array every member waits for its own forerunner."""
-    first = before.jobs[0].job_id
-    return f"aftercorr:{first.partition('_')[0]}" if len(before.jobs) > 1 else f"afterok:{first}"
+def _after(job: str, size: int) -> str:
+    """Slurm's dependency on a job; of an array every member waits for its own forerunner."""
+    return f"aftercorr:{job}" if size > 1 else f"afterok:{job}"
 
 
 def _queue(chosen: submitit.AutoExecutor, jobs: Sequence[TrainJob]) -> list[submitit.Job[int]]:

@@ -15,7 +15,7 @@ STEP = {
     "SLURM_STEP_NUM_TASKS": "5",
     "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
     "SLURM_CPUS_ON_NODE": "2",
-    "SLURM_JOB_NODELIST": "n[07,11-12]",
+    "SLURM_STEP_NODELIST": "n[07,11-12]",
 }
 
 
@@ -47,7 +47,9 @@ def test_a_slurm_step(monkeypatch: pytest.MonkeyPatch) -> None:
         ports.add(Place.find().port)
     monkeypatch.setenv("SLURM_STEP_ID", "1")
     ports.add(Place.find().port)
-    assert len(ports) == 4, "jobs and steps do not meet on one port"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    ports.add(Place.find().port)
+    assert len(ports) == 5, "jobs, steps and starts do not meet on one port"
 
 
 def test_a_batch_script_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nldist.launch.requeue import main
+from nldist.launch.requeue import main, refusal
 
 
 @pytest.fixture
@@ -22,9 +22,18 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "told"
 
 
-def decide(told: Path, code: int, state: str, reason: str = "None", restarts: int = 0, max_crashes: int = 3) -> bool:
+def decide(
+    told: Path,
+    code: int,
+    state: str = "RUNNING",
+    reason: str = "None",
+    restarts: int = 0,
+    max_crashes: int = 3,
+    run_time: str = "00:10:00",
+) -> bool:
     """Whether the job was requeued."""
-    told.with_name("shown").write_text(f"JobId=100 JobState={state} Reason={reason} Restarts={restarts}\n")
+    facts = {"JobId": 100, "JobState": state, "Reason": reason, "Restarts": restarts, "RunTime": run_time}
+    told.with_name("shown").write_text(" ".join(f"{name}={value}" for name, value in facts.items()) + "\n")
     told.write_text("")
     assert main(code, told.parent, max_crashes) == code
     return any(line.startswith("requeue") for line in told.read_text().splitlines())
@@ -50,12 +59,24 @@ def test_who_is_started_again(code: int, state: str, reason: str, restarts: int,
 
 def test_crashes_are_counted_until_a_run_stops_with_all_saved(told: Path) -> None:
     codes = (137, 140, 144, 137, 137, 1)
-    assert [decide(told, code, "RUNNING", max_crashes=2) for code in codes] == [True] * 5 + [False]
+    assert [decide(told, code, max_crashes=2) for code in codes] == [True] * 5 + [False]
     crashes = told.with_name("100.crashes")
     assert crashes.read_text() == "137\n137\n1\n"
-    os.utime(crashes, (0, 0))
-    assert decide(told, 1, "RUNNING", max_crashes=2), "the last one was long ago"
+    assert not decide(told, 1, max_crashes=2, run_time="01:00:00")
+    assert decide(told, 1, max_crashes=2, run_time="1-00:00:01"), "this start went well for long"
     assert crashes.read_text() == "1\n"
+
+
+def test_a_time_limit_that_comes_before_the_ranks_listen_is_not_tried_for_ever(told: Path) -> None:
+    tries = [decide(told, 1, "COMPLETING", "TimeLimit", run_time="00:01:00", max_crashes=2) for _ in range(3)]
+    assert tries == [True, True, False]
+
+
+def test_what_the_user_must_put_right_is_not_tried_again_though_srun_gives_another_code(told: Path) -> None:
+    refusal(told.parent).touch()
+    told.write_text("")
+    assert main(137, told.parent, 3) == 2
+    assert told.read_text() == ""
 
 
 def test_a_member_of_an_array_is_told_by_its_own_name(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,4 +84,4 @@ def test_a_member_of_an_array_is_told_by_its_own_name(told: Path, monkeypatch: p
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "100")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert decide(told, 144, "RUNNING")
-    assert told.read_text().splitlines() == ["--oneliner show job 100_3", "requeue 100_3"]
+    assert told.read_text().splitlines() == ["--oneliner show job 100_3", "requeue incomplete 100_3"]

@@ -51,6 +51,14 @@ def test_what_contradicts_itself_is_refused(options: dict[str, Any], words: str)
         cluster_settings("slurm", None, options)
 
 
+def test_a_time_that_yaml_reads_as_a_number_is_refused() -> None:
+    Path("cluster.yaml").write_text("time: 24:00:00\n")
+    with pytest.raises(UserError, match=r"cluster.yaml: time.* put it in quotes"):
+        cluster_settings("slurm", None, {})
+    Path("cluster.yaml").write_text('time: "24:00:00"\n')
+    assert cluster_settings("slurm", None, {}).minutes == 24 * 60
+
+
 def test_a_misspelt_setting_of_the_file_gets_the_right_one() -> None:
     Path("mine.yaml").write_text("partitoin: gpu\n")
     with pytest.raises(UserError, match=r"mine.yaml: partitoin is not a setting; did you mean partition\?"):

@@ -44,6 +44,26 @@ def test_the_batch_file_is_the_golden_one(digits: Path) -> None:
     )
     text = sbatch_text(configs, Path("/runs/x/logs"), "x", settings)
     assert text.replace(sys.executable, "PYTHON") == GOLDEN.read_text()
+    later = sbatch_text(configs, Path("/runs/x/logs"), "x", settings, before="JOB-mine").splitlines()
+    new = {"#SBATCH --dependency=aftercorr:JOB-mine", "#SBATCH --kill-on-invalid-dep=yes"}
+    assert set(later) - set(text.splitlines()) == new
+
+
+def test_where_slurm_is_not_installed_it_says_so(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main([str(DIGITS), f"data.root={digits}", f"run.dir={tmp_path}/run", "--cluster", "slurm"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == ("error: --cluster slurm: there is no sbatch here; submit from a login node or use --cluster local")
+
+
+def test_debug_runs_in_this_process(digits: Path, tmp_path: Path) -> None:
+    settings = [f"data.root={digits}", f"run.dir={tmp_path}/run", "track.enabled=false", *SHORT, "train.epochs=1"]
+    command = [sys.executable, "launcher/submit.py", str(DIGITS), *settings, "--cluster", "debug"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
 
 
 @pytest.mark.parametrize(
@@ -59,8 +79,18 @@ def test_members_of_an_array(digits: Path) -> None:
     for sweep, words in (("optim.lr", r"must look like optim.lr=0.01,0.02"), ("run.seed=0,0", "names a value twice")):
         with pytest.raises(UserError, match=words):
             members(DIGITS, [f"data.root={digits}"], [sweep])
-    (config,) = members(DIGITS, [f"data.root={digits}", "run.dir=runs/x"], ["data.root=a/b"])
+    with pytest.raises(UserError, match=r"run.seed is given twice"):
+        members(DIGITS, ["run.seed=1"], ["run.seed=0,1"])
+    with pytest.raises(UserError, match=r"run.seed is given twice"):
+        members(DIGITS, [], ["run.seed=0,1", "run.seed=2,3"])
+    (config,) = members(DIGITS, ["run.dir=runs/x"], ["data.root=a/b"])
     assert config.run.dir == Path("runs/x/data.root=a_b"), "one directory, next to the others"
+
+
+def test_each_member_that_is_another_run_is_checked(digits: Path) -> None:
+    configs = members(DIGITS, [f"data.root={digits}", "run.dir=runs/x"], ["model.name=small_cnn,resnt18"])
+    with pytest.raises(UserError, match="resnt18"):
+        check(configs, ClusterSettings())
 
 
 def test_members_that_share_a_stage_are_refused(digits: Path, tmp_path: Path) -> None:

@@ -23,16 +23,22 @@ from pathlib import Path
 from tests.conftest import REPOSITORY, run_tool
 from tests.slurm.cluster import ENDED, Cluster, why_not
 from tests.slurm.daemons import until
-from tests.slurm.test_launcher import NODES, kill_node, launch, preempt, preempt_really, requeue
+from tests.slurm.test_launcher import NODES, kill_node, launch, preempt_really, requeue
 from tests.test_train import assert_same_weights, epoch_records
 
 SETTINGS = ("method.dividemix.warmup_epochs=2", "dist.device=cpu", "train.checkpoint_every_steps=7")
 
 
 def kill_rank(slurm: Cluster, job: int) -> None:
-    """SIGKILL for one of the ranks that run now."""
-    if tasks := slurm.tasks(job):
-        os.kill(random.choice(tasks).pid, signal.SIGKILL)
+    """SIGKILL for one of the ranks."""
+    until(lambda: slurm.tasks(job), "a rank to run", timeout=30)
+    os.kill(random.choice(slurm.tasks(job)).pid, signal.SIGKILL)
+
+
+def preempt(slurm: Cluster, job: int) -> None:
+    """SIGUSR2, which reaches ranks and no batch script that has not started them yet."""
+    until(lambda: slurm.tasks(job), "a rank to run", timeout=30)
+    slurm.run("scancel", "--signal=USR2", job)
 
 
 DISTURBANCES: dict[str, Callable[[Cluster, int], None]] = {
@@ -59,7 +65,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--number", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=200)
     options = parser.parse_args()
     if reason := why_not():
         print(f"error: {reason}", file=sys.stderr)
@@ -76,6 +82,9 @@ def main() -> int:
         events = disturb(slurm, job, options.number)
         slurm.wait_for(job, "COMPLETED", timeout=3600)
         print(f"job {job}: {slurm.restarts(job)} restarts")
+        if len(events) < options.number:
+            print(f"error: the run was over after {len(events)} disturbances; give it more --epochs", file=sys.stderr)
+            return 1
         return verify(slurm, job, runs, len(events))
 
 

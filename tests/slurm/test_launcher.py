@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, run_tool
 from tests.mlflow_server import Server, client, points_in_lines, points_in_mlflow
 from tests.slurm.cluster import Cluster
 from tests.slurm.daemons import until
@@ -58,9 +58,12 @@ def finish(slurm: Cluster, job: int, run_dir: Path) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(slurm: Cluster, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Through `--wait`, which shows what rank 0 prints until the end."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    job = submit(slurm, digits, run_dir)
-    finish(slurm, job, run_dir)
+    settings = (f"data.root={digits}", f"run.dir={run_dir}", "track.every_seconds=0.001", *SETTINGS)
+    done = launch(DIGITS, *settings, *NODES, "--wait", env=slurm.env)
+    assert done.returncode == 0, done.stderr
+    assert "epoch 4/4" in done.stdout
     return run_dir
 
 
@@ -177,9 +180,12 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Cluster, digits: Path,
 def test_an_error_of_the_user_is_not_tried_again(slurm: Cluster, digits: Path, tmp_path: Path) -> None:
     """Found only on the node: it has no GPU."""
     run_dir = tmp_path / "run"
-    job = submit(slurm, digits, run_dir, "dist.device=cuda")
-    with pytest.raises(RuntimeError, match="FAILED"):
-        slurm.wait_for(job, "COMPLETED", timeout=120)
+    done = launch(
+        DIGITS, f"data.root={digits}", f"run.dir={run_dir}", "dist.device=cuda", *NODES, "--wait", env=slurm.env
+    )
+    assert done.returncode == 1
+    (job,) = re.findall(r"^job (\w+):", done.stdout, re.M)
+    assert f"job {job} ended: FAILED" in done.stderr
     assert slurm.restarts(job) == 0
     assert "error: " in (run_dir / "logs" / f"{job}_0_log.err").read_text()
 
@@ -231,6 +237,31 @@ def test_an_mlflow_server_that_was_away_for_half_of_a_run_has_all_of_it(
     (run,) = store.search_runs([experiment.experiment_id for experiment in store.search_experiments()])
     assert run.info.status == "FINISHED"
     assert points_in_mlflow(server.uri, run.info.run_id) == points_in_lines(run_dir)
+
+
+@pytest.mark.slow
+def test_the_demo_is_as_accurate_on_two_nodes_as_on_local_ranks(slurm: Cluster, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    run_tool("tools/shard.py", "digits", data, "--name", "digits")
+    run_tool("tools/noise.py", data, "--model", "symmetric", "--rate", 0.8, "--seed", 0, "--name", "sym80")
+    runs = {}
+    for cluster, nodes in (("slurm", NODES), ("local", ("--tasks-per-node=2",))):
+        runs[cluster] = tmp_path / cluster / "run"
+        settings = (
+            f"data.root={data}",
+            f"run.dir={runs[cluster]}",
+            f"run.stages_dir={tmp_path / cluster}",
+            "dist.device=cpu",
+        )
+        demo = REPOSITORY / "configs" / "demo.yaml"
+        done = launch(
+            demo, *settings, f"--cluster={cluster}", *nodes, "--wait", env=slurm.env | {"OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    summaries = [json.loads((run_dir / "summary.json").read_text()) for run_dir in runs.values()]
+    assert summaries[0]["method"] == "scanmix"
+    assert summaries[0]["accuracy"] == summaries[1]["accuracy"]
+    assert_same_weights(*runs.values())
 
 
 @pytest.mark.slow
