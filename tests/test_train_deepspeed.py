@@ -13,7 +13,7 @@ from tests.test_train import assert_same_weights, epoch_records, weights
 SHORT = ("train.epochs=2", "method.dividemix.warmup_epochs=1", "train.checkpoint_every_steps=5")
 
 
-@pytest.mark.parametrize(("stage", "victim", "step"), [(2, 1, 17), (3, 0, 45)])
+@pytest.mark.parametrize(("stage", "victim", "step"), [pytest.param(2, 1, 17, marks=pytest.mark.slow), (3, 0, 45)])
 def test_killed_and_resumed_it_ends_with_the_same_plain_weights(
     stage: int, victim: int, step: int, digits: Path, tmp_path: Path
 ) -> None:
@@ -41,6 +41,7 @@ def test_it_goes_on_with_another_number_of_ranks_and_under_ddp(digits: Path, tmp
     assert "DeepSpeed" not in told, "progress lines and nothing else"
 
 
+@pytest.mark.slow
 def test_scanmix_with_all_its_stages_learns_what_it_learns_under_ddp(digits: Path, tmp_path: Path) -> None:
     """A momentum encoder, a peer, parts that are frozen or left out, features of a layer: all read the weights."""
     arguments = [f"data.root={digits}", "method.name=scanmix", "train.epochs=2", "method.dividemix.warmup_epochs=1"]

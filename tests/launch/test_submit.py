@@ -222,6 +222,7 @@ def test_a_killed_rank_ends_the_job_and_leaves_no_process(start: Start, tmp_path
     assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_job_at_the_user_s_signal_is_started_again(start: Start, undisturbed: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     job = start(run_dir)

@@ -121,7 +121,7 @@ def kill_node(slurm: Cluster, job: int) -> None:
 
 @pytest.mark.parametrize(
     "disturb",
-    [preempt, kill_rank, *(pytest.param(d, marks=pytest.mark.slow) for d in (preempt_really, requeue, kill_node))],
+    [preempt, *(pytest.param(d, marks=pytest.mark.slow) for d in (kill_rank, preempt_really, requeue, kill_node))],
 )
 def test_a_disturbed_job_ends_as_if_left_alone(  # type: ignore[no-untyped-def]
     disturb, slurm: Cluster, digits: Path, undisturbed: Path, tmp_path: Path
