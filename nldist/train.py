@@ -29,7 +29,7 @@ from nldist.status import StatusFile
 from nldist.track import NullTracker, Status, Tracker
 
 _STEPS_BETWEEN_STOP_CHECKS = 8
-_END_SECONDS, _STOP_SECONDS = 60, 5  # that MLflow gets at the end
+_END_SECONDS, _STOP_SECONDS = 60, 3  # that MLflow gets at the end
 
 
 def build_context(config: Config, world: World, products: Mapping[str, Path] | None = None) -> Context:
@@ -160,8 +160,9 @@ class Trainer:
             code = self._fit()
             status = "KILLED" if self._stop else "FINISHED"
         finally:
-            # What MLflow lacks then is sent at the next start: a stop has no time to wait for a server.
-            self.tracker.end(status, _STOP_SECONDS if self._stop else _END_SECONDS)
+            # What MLflow lacks then is sent at the next start: who stops has no time to wait for a server, and where a
+            # rank takes long to die with another one Slurm repeats the order to end, at the job's next start.
+            self.tracker.end(status, _END_SECONDS if status == "FINISHED" else _STOP_SECONDS)
         return code
 
     def _fit(self) -> int:
