@@ -26,6 +26,7 @@ def main(code: int, folder: Path, max_crashes: int) -> int:
     limit that comes before the ranks have begun to listen for signals.
     """
     if refusal(folder).exists():
+        refusal(folder).unlink()  # it is this start's: a later one, when all is put right, must not find it
         code = EXIT_REFUSED
     if code in (0, EXIT_REFUSED):
         return code

@@ -77,6 +77,7 @@ def test_what_the_user_must_put_right_is_not_tried_again_though_srun_gives_anoth
     told.write_text("")
     assert main(137, told.parent, 3) == 2
     assert told.read_text() == ""
+    assert main(0, told.parent, 3) == 0, "a later start of the same job"
 
 
 def test_a_member_of_an_array_is_told_by_its_own_name(told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
