@@ -184,7 +184,7 @@ def test_an_error_of_the_user_is_not_tried_again(slurm: Cluster, digits: Path, t
         DIGITS, f"data.root={digits}", f"run.dir={run_dir}", "dist.device=cuda", *NODES, "--wait", env=slurm.env
     )
     assert done.returncode == 1
-    (job,) = re.findall(r"^job (\w+):", done.stdout, re.M)
+    (job,) = set(re.findall(r"^job (\w+):", done.stdout, re.M))  # a line for each of its states
     assert f"job {job} ended: FAILED" in done.stderr
     assert slurm.restarts(job) == 0
     assert "error: " in (run_dir / "logs" / f"{job}_0_log.err").read_text()
