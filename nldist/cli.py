@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-from nldist.config_file import load_config
 from nldist.errors import UserError, main_guard
 
 
@@ -75,6 +74,8 @@ def _add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from nldist.config_file import load_config
+
     config = load_config(options.config, options.overrides)
     from nldist.stages import train
 
@@ -91,6 +92,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
+    from nldist.config_file import load_config
     from nldist.dryrun import dry_run
 
     for line in dry_run(load_config(options.config, options.overrides), options.world_size):
@@ -107,7 +109,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from nldist.evaluate import compare, table
+    from nldist.compare import compare, table
     from nldist.files import write_text
 
     rows = compare(options.runs)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nldist.dist.world import World
+from nldist.status import clock
 
 
 class Meter:
@@ -77,13 +78,6 @@ class Watch:
             f"{self.title}  step {step}/{self.num_steps}  {rates['images_per_second']:,.0f} img/s  "
             f"data wait {rates['data_wait_share']:.0%}  left {clock(left)}  {values}"
         )
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 def peak_memory_gib(device: torch.device) -> float:

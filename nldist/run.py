@@ -17,6 +17,7 @@ from nldist.dist.checkpoint import load_file, save_file
 from nldist.errors import UserError
 from nldist.files import write_text
 from nldist.models import Classifier, build_model
+from nldist.status import SUMMARY_FILE, read_summary
 
 # What may change between the starts of one run: none of it changes what is learnt in an epoch.
 _FREE = (
@@ -114,12 +115,11 @@ class RunDirectory:
     @property
     def summary(self) -> dict[str, Any] | None:
         """What summary.json holds; None until the run has ended."""
-        file = self.path / "summary.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        return read_summary(self.path)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json whole."""
-        write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_text(self.path / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
 
     def save_weights(self, which: str, states: list[dict[str, torch.Tensor]], facts: dict[str, Any]) -> None:
         """Write weights/WHICH.pt: {"networks": [state dict, ...], ...facts}, loadable with weights_only=True."""

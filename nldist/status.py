@@ -12,9 +12,9 @@ from typing import Any
 from nldist.dist.environment import job_id, num_restarts
 from nldist.errors import UserError, one_line
 from nldist.files import write_text
-from nldist.progress import clock
 
 STATUS_FILE = "status.json"
+SUMMARY_FILE = "summary.json"
 _SILENT_SECONDS = 120  # without a sign of life: a line comes every track.every_seconds
 
 
@@ -64,6 +64,12 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     return facts
 
 
+def read_summary(run_dir: Path) -> dict[str, Any] | None:
+    """What RUN/summary.json holds; None until the run has ended."""
+    file = run_dir / SUMMARY_FILE
+    return json.loads(file.read_text()) if file.exists() else None
+
+
 def describe(facts: dict[str, Any], now: float) -> Iterator[str]:
     """A run's status as lines for people, at time `now` (seconds since 1970)."""
     silent = now - facts["updated"]
@@ -82,3 +88,10 @@ def describe(facts: dict[str, Any], now: float) -> Iterator[str]:
     job = f"job {facts['job']}" if facts["job"] else f"process {facts['pid']}"
     yield f"runs as   {job} on {facts['host']}, {facts['world_size']} rank(s), restarts: {facts['num_restarts']}"
     yield f"heard of  {clock(silent)} ago; running for {clock(facts['updated'] - facts['started'])}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -1,8 +1,7 @@
 import json
+import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import nldist.cli
 from nldist.models import build_model
+from tests.commands import Command
 from tests.conftest import run_tool
 from tests.jobs import output, run_job
 
@@ -219,18 +220,15 @@ def test_the_other_methods_learn(method: str, digits: Path, tmp_path: Path) -> N
     assert summary["split"] is None
 
 
-def test_torchrun_evaluate_and_mlflow(digits: Path, tmp_path: Path) -> None:
-    """The commands as a user types them, with the sqlite store."""
+def test_evaluate_and_mlflow(digits: Path, tmp_path: Path) -> None:
+    """With the sqlite store."""
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "nldist.cli"]
-    command += ["train", "tests/digits.yaml", f"data.root={digits}", f"run.dir={run_dir}", "train.epochs=2"]
-    command += ["method.dividemix.warmup_epochs=1", "track.histogram_every=1", "dist.num_threads=1"]
-    subprocess.run(command, check=True, timeout=300)
-    result = subprocess.run(
-        [sys.executable, "-m", "nldist.cli", "evaluate", str(run_dir)], check=True, capture_output=True, text=True
-    )
+    settings = (f"data.root={digits}", "train.epochs=2", "method.dividemix.warmup_epochs=1", "track.histogram_every=1")
+    assert run_job(run_dir, *settings, "track.enabled=true", world_size=2) == [0, 0]
+    done = Command(nldist.cli.main, ["evaluate", run_dir], tmp_path, os.environ).wait()
+    assert done.returncode == 0, done.stderr
     summary = json.loads((run_dir / "summary.json").read_text())
-    evaluation = json.loads(result.stdout)
+    evaluation = json.loads(done.stdout)
     assert evaluation["accuracy"] == pytest.approx(summary["accuracy"]["final"], abs=0.3)
     assert evaluation["num_evaluated"] == 360
 

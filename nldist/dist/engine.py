@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-import timm.optim
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -48,6 +47,8 @@ def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.Optimi
     make: Callable[..., torch.optim.Optimizer]
     momentum: dict[str, Any] = {"momentum": optim.momentum, "nesterov": optim.nesterov}
     if optim.name in ("lars", "lamb"):
+        import timm.optim
+
         make, options = (timm.optim.Lars, momentum) if optim.name == "lars" else (timm.optim.Lamb, {})
         return make(_layerwise(model, optim), lr=optim.lr, **options)
     make, options = (torch.optim.SGD, momentum) if optim.name == "sgd" else (torch.optim.Adam, {})

@@ -4,7 +4,6 @@ import logging
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from nldist.config import MixtureSection
 from nldist.dist.world import World
@@ -55,6 +54,8 @@ def split_quality(clean_probability: np.ndarray, truth: np.ndarray | None, tau: 
     Returns:
         labelled_share; with truth also split_auc, split_precision and split_recall (None where undefined).
     """
+    from sklearn.metrics import roc_auc_score  # takes seconds, and one rank needs it
+
     seen = ~np.isnan(clean_probability)
     chosen = clean_probability[seen] > tau
     quality: dict[str, Any] = {"labelled_share": float(chosen.mean())}

@@ -183,7 +183,9 @@ class SweepPass(Pass):
         clean_probability[np.isnan(losses)] = np.nan
         self._splits[f"net{number}"] = Split(losses, clean_probability, mixture)
         clean = table.gather(f"clean{number}")
-        truth = None if context.clean is None else context.clean == context.labels
+        truth = None
+        if context.clean is not None and context.world.is_main:  # it reports
+            truth = context.clean == context.labels
         quality = split_quality(clean, truth, self._method.settings.tau)
         if mixture is not None:
             quality |= {"mixture_iterations": mixture.num_iterations, "mixture_gap": float(np.ptp(mixture.means))}

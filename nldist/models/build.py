@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import timm
 from torch import nn
 
 from nldist.errors import UserError
@@ -24,6 +23,8 @@ OWN_BACKBONES: dict[str, Callable[[], SmallCNN | ResNetCIFAR]] = {
 
 def model_names() -> list[str]:
     """Every name that `build_model` takes: our own first, then timm's."""
+    import timm
+
     return [*OWN_BACKBONES, *timm.list_models()]
 
 
@@ -51,6 +52,8 @@ def _backbone(name: str) -> tuple[nn.Module, int, str]:
     if name in OWN_BACKBONES:
         own = OWN_BACKBONES[name]()
         return own, own.num_features, "head"
+    import timm  # takes seconds, which own backbones do not need
+
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, model_names(), n=4, cutoff=0.5) or list(OWN_BACKBONES)
         raise UserError(f"unknown model {name!r}: did you mean {', '.join(close)}?")

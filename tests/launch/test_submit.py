@@ -1,7 +1,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +14,13 @@ from nldist.errors import UserError
 from nldist.launch.checks import check
 from nldist.launch.settings import ClusterSettings
 from nldist.launch.submit import members, sbatch_text, seeds
+from tests.commands import Command
 from tests.conftest import REPOSITORY
+from tests.jobs import run_job
 from tests.test_train import assert_same_weights, epoch_records
 
 DIGITS = REPOSITORY / "tests" / "digits.yaml"
-Start = Callable[[Path], subprocess.Popen[str]]
+Start = Callable[[Path], Command]
 GOLDEN = Path(__file__).with_name("sbatch.golden")
 SHORT = ("train.epochs=3", "method.dividemix.warmup_epochs=1", "dist.device=cpu", "train.checkpoint_every_steps=5")
 
@@ -60,8 +61,7 @@ def test_where_slurm_is_not_installed_it_says_so(
 
 def test_debug_runs_in_this_process(digits: Path, tmp_path: Path) -> None:
     settings = [f"data.root={digits}", f"run.dir={tmp_path}/run", "track.enabled=false", *SHORT, "train.epochs=1"]
-    command = [sys.executable, "launcher/submit.py", str(DIGITS), *settings, "--cluster", "debug"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = Command(main, [DIGITS, *settings, "--cluster", "debug"], tmp_path, os.environ).wait()
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
 
@@ -131,42 +131,21 @@ def test_wrong_options_are_one_line_before_anything_starts(
 @pytest.fixture
 def start(digits: Path) -> Iterator[Start]:
     """Starts two local ranks through the launcher, in a session of their own; ends what a failed test has left."""
-    jobs: list[subprocess.Popen[str]] = []
+    jobs: list[Command] = []
 
-    def begin(run_dir: Path) -> subprocess.Popen[str]:
-        jobs.append(submit(run_dir, digits))
+    def begin(run_dir: Path) -> Command:
+        settings = (f"data.root={digits}", f"run.dir={run_dir}", "track.every_seconds=0.001", "track.enabled=false")
+        options = ("--cluster=local", "--tasks-per-node=2", "--wait")
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        jobs.append(Command(main, [DIGITS, *settings, *SHORT, *options], run_dir.parent, env))
         return jobs[-1]
 
     yield begin
     for job in jobs:
-        if job.poll() is None:
-            for process in [*psutil.Process(job.pid).children(recursive=True), job]:
+        if job.process.is_alive():
+            for process in [*psutil.Process(job.pid).children(recursive=True), job.process]:
                 process.kill()
             job.wait()
-
-
-def submit(run_dir: Path, digits: Path) -> subprocess.Popen[str]:
-    settings = (f"data.root={digits}", f"run.dir={run_dir}", "track.every_seconds=0.001", "track.enabled=false", *SHORT)
-    command = [
-        sys.executable,
-        "launcher/submit.py",
-        str(DIGITS),
-        *settings,
-        "--cluster",
-        "local",
-        "--tasks-per-node=2",
-        "--wait",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def wait_for_step(run_dir: Path, num_steps: int) -> None:
@@ -182,11 +161,7 @@ def wait_for_step(run_dir: Path, num_steps: int) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    job = submit(run_dir, digits)
-    text, _ = job.communicate(timeout=300)
-    assert job.returncode == 0, text
-    for part in ("epoch 3/3", "COMPLETED", f"nldist status {run_dir}", f"runs in    {run_dir}"):
-        assert part in text
+    assert run_job(run_dir, f"data.root={digits}", *SHORT, world_size=2) == [0, 0]
     return run_dir
 
 
@@ -195,14 +170,14 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(start: Start, undisturbed: Pa
     job = start(run_dir)
     wait_for_step(run_dir, 4)
     os.killpg(job.pid, signal.SIGINT)  # as a terminal does
-    text, _ = job.communicate(timeout=120)
-    assert job.returncode == 143
-    assert "ended: STOPPED" in text
+    done = job.wait()
+    assert done.returncode == 143
+    assert "ended: STOPPED" in done.stdout + done.stderr
     assert json.loads((run_dir / "status.json").read_text())["state"] == "stopped"
-    job = start(run_dir)
-    text, _ = job.communicate(timeout=300)
-    assert job.returncode == 0, text
-    assert "resumed from" in text
+    done = start(run_dir).wait()
+    assert done.returncode == 0, done
+    for part in ("resumed from", "epoch 3/3", "COMPLETED", f"nldist status {run_dir}", f"runs in    {run_dir}"):
+        assert part in done.stdout
     assert_same_weights(undisturbed, run_dir)
     assert epoch_records(undisturbed) == epoch_records(run_dir)
 
@@ -214,9 +189,9 @@ def test_a_killed_rank_ends_the_job_and_leaves_no_process(start: Start, tmp_path
     processes = psutil.Process(job.pid).children(recursive=True)
     ranks = [p for p in processes if "submitit.core._submit" in p.cmdline()]
     os.kill(max(p.pid for p in ranks), signal.SIGKILL)
-    text, _ = job.communicate(timeout=120)
-    assert job.returncode == 1, text
-    assert "ended: FAILED" in text
+    done = job.wait()
+    assert done.returncode == 1, done
+    assert "ended: FAILED" in done.stdout + done.stderr
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert not alive
     assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
@@ -231,8 +206,8 @@ def test_a_job_at_the_user_s_signal_is_started_again(start: Start, undisturbed: 
     for process in processes:
         if "submitit.core._submit" in process.cmdline():
             process.send_signal(signal.SIGUSR2)
-    text, _ = job.communicate(timeout=300)
-    assert job.returncode == 0, text
-    assert "all saved" in text
-    assert "resumed from" in text
+    done = job.wait()
+    assert done.returncode == 0, done
+    assert "all saved" in done.stdout
+    assert "resumed from" in done.stdout
     assert_same_weights(undisturbed, run_dir)

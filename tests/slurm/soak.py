@@ -93,7 +93,8 @@ def start(slurm: Cluster, data: Path, run_dir: Path, epochs: int) -> int:
     settings = (f"data.root={data}", f"run.dir={run_dir}", f"train.epochs={epochs}", *SETTINGS)
     file = data.parent / "cluster.yaml"
     file.write_text("max_crashes: 1000\n")
-    done = launch(REPOSITORY / "tests/digits.yaml", *settings, *NODES, "--cluster-file", file, env=slurm.env)
+    config, options = REPOSITORY / "tests/digits.yaml", (*NODES, "--cluster-file", file)
+    done = launch(config, *settings, *options, env=slurm.env, folder=run_dir.parent)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return int(next(line for line in done.stdout.splitlines() if line.startswith("job ")).split()[1].rstrip(":"))

@@ -6,14 +6,16 @@ import re
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from launcher.submit import main
+from tests.commands import Command, Done
 from tests.conftest import REPOSITORY, run_tool
+from tests.jobs import run_job
 from tests.mlflow_server import Server, client, points_in_lines, points_in_mlflow
 from tests.slurm.cluster import Cluster
 from tests.slurm.daemons import until
@@ -24,11 +26,10 @@ SETTINGS = ("train.epochs=4", "method.dividemix.warmup_epochs=1", "dist.device=c
 NODES = ("--nodes=2", "--tasks-per-node=1", "--cpus-per-task=1", "--time=0:10:00")
 
 
-def launch(*arguments: object, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launcher/submit.py", *map(str, arguments)]
+def launch(*arguments: object, env: dict[str, str], folder: Path) -> Done:
+    """launcher/submit.py in a process of its own, which prints into files in `folder`."""
     # A job inherits this environment, and so where the ranks find nldist.
-    env = env | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+    return Command(main, arguments, folder, env | {"PYTHONPATH": str(REPOSITORY)}).wait()
 
 
 def submit(slurm: Cluster, digits: Path, run_dir: Path, *arguments: str) -> int:
@@ -40,7 +41,7 @@ def submit(slurm: Cluster, digits: Path, run_dir: Path, *arguments: str) -> int:
 def submit_all(slurm: Cluster, digits: Path, run_dir: Path, *arguments: str) -> list[str]:
     """The names of the jobs that the launcher has queued."""
     settings = (f"data.root={digits}", f"run.dir={run_dir}", "track.every_seconds=0.001", *SETTINGS)
-    done = launch(DIGITS, *settings, *NODES, *arguments, env=slurm.env)
+    done = launch(DIGITS, *settings, *NODES, *arguments, env=slurm.env, folder=run_dir.parent)
     assert done.returncode == 0, done.stderr
     return re.findall(r"^job (\w+)", done.stdout, re.M)
 
@@ -61,7 +62,7 @@ def undisturbed(slurm: Cluster, digits: Path, tmp_path_factory: pytest.TempPathF
     """Through `--wait`, which shows what rank 0 prints until the end."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     settings = (f"data.root={digits}", f"run.dir={run_dir}", "track.every_seconds=0.001", *SETTINGS)
-    done = launch(DIGITS, *settings, *NODES, "--wait", env=slurm.env)
+    done = launch(DIGITS, *settings, *NODES, "--wait", env=slurm.env, folder=run_dir.parent)
     assert done.returncode == 0, done.stderr
     assert "epoch 4/4" in done.stdout
     return run_dir
@@ -81,9 +82,8 @@ def wait_for_step(run_dir: Path, place: str, num_steps: int) -> None:
 def test_two_nodes_learn_what_two_local_ranks_learn(
     slurm: Cluster, digits: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    local = ("--cluster=local", "--tasks-per-node=2", "--wait", "track.enabled=false")
-    done = launch(DIGITS, f"data.root={digits}", f"run.dir={tmp_path / 'run'}", *SETTINGS, *local, env=dict(os.environ))
-    assert done.returncode == 0, done.stdout + done.stderr
+    """(tests/launch has the local ranks that the launcher starts.)"""
+    assert run_job(tmp_path / "run", f"data.root={digits}", *SETTINGS, world_size=2) == [0, 0]
     assert_same_weights(tmp_path / "run", undisturbed)
     assert epoch_records(tmp_path / "run") == epoch_records(undisturbed)
     facts = json.loads((undisturbed / "status.json").read_text())
@@ -181,7 +181,14 @@ def test_an_error_of_the_user_is_not_tried_again(slurm: Cluster, digits: Path, t
     """Found only on the node: it has no GPU."""
     run_dir = tmp_path / "run"
     done = launch(
-        DIGITS, f"data.root={digits}", f"run.dir={run_dir}", "dist.device=cuda", *NODES, "--wait", env=slurm.env
+        DIGITS,
+        f"data.root={digits}",
+        f"run.dir={run_dir}",
+        "dist.device=cuda",
+        *NODES,
+        "--wait",
+        env=slurm.env,
+        folder=tmp_path,
     )
     assert done.returncode == 1
     (job,) = set(re.findall(r"^job (\w+):", done.stdout, re.M))  # a line for each of its states
@@ -254,9 +261,8 @@ def test_the_demo_is_as_accurate_on_two_nodes_as_on_local_ranks(slurm: Cluster, 
             "dist.device=cpu",
         )
         demo = REPOSITORY / "configs" / "demo.yaml"
-        done = launch(
-            demo, *settings, f"--cluster={cluster}", *nodes, "--wait", env=slurm.env | {"OMP_NUM_THREADS": "1"}
-        )
+        env = slurm.env | {"OMP_NUM_THREADS": "1"}
+        done = launch(demo, *settings, f"--cluster={cluster}", *nodes, "--wait", env=env, folder=tmp_path / cluster)
         assert done.returncode == 0, done.stdout + done.stderr
     summaries = [json.loads((run_dir / "summary.json").read_text()) for run_dir in runs.values()]
     assert summaries[0]["method"] == "scanmix"
@@ -293,7 +299,15 @@ def test_stages_are_jobs_that_wait_for_each_other(slurm: Cluster, digits: Path, 
 def test_what_cannot_run_is_refused_in_one_line(
     arguments: list[str], words: str, slurm: Cluster, digits: Path, tmp_path: Path
 ) -> None:
-    done = launch(DIGITS, f"data.root={digits}", f"run.dir={tmp_path / 'run'}", *SETTINGS, *arguments, env=slurm.env)
+    done = launch(
+        DIGITS,
+        f"data.root={digits}",
+        f"run.dir={tmp_path / 'run'}",
+        *SETTINGS,
+        *arguments,
+        env=slurm.env,
+        folder=tmp_path,
+    )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
@@ -302,7 +316,15 @@ def test_what_cannot_run_is_refused_in_one_line(
 
 
 def test_the_file_for_sbatch_is_printed_and_nothing_queued(slurm: Cluster, digits: Path, tmp_path: Path) -> None:
-    done = launch(DIGITS, f"data.root={digits}", f"run.dir={tmp_path / 'run'}", *NODES, "--dry-run", env=slurm.env)
+    done = launch(
+        DIGITS,
+        f"data.root={digits}",
+        f"run.dir={tmp_path / 'run'}",
+        *NODES,
+        "--dry-run",
+        env=slurm.env,
+        folder=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     script = tmp_path / "job.sh"
     script.write_text(done.stdout)

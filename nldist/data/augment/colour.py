@@ -4,7 +4,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-import torchvision.transforms.v2.functional as tvf
 from pydantic import Field, PositiveFloat
 
 from nldist.data.augment import photometric
@@ -52,7 +51,7 @@ class Greyscale(Op):
 
     def apply(self, frame: Frame, rng: Draws) -> Frame:
         """Luma of the chosen images."""
-        grey = tvf.rgb_to_grayscale(frame.pixels, num_output_channels=3)
+        grey = photometric.greyscale(frame.pixels)
         return frame.with_pixels(torch.where(rng.chance(self.p)[:, None, None, None], grey, frame.pixels))
 
 

@@ -1,13 +1,14 @@
 """Colour operations on a batch, each image with its own magnitude, as torchvision's uint8 operations.
 
 A kernel takes images uint8 (n, 3, H, W) and magnitudes float64 (n,) and gives uint8 (n, 3, H, W).
+
+torchvision, which takes seconds to import, is imported where it is used: whatever reads a configuration imports this.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as tvf
 from torch import Tensor
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
@@ -44,7 +45,7 @@ def brightness(pixels: Tensor, factors: Tensor) -> Tensor:
 
 def contrast(pixels: Tensor, factors: Tensor) -> Tensor:
     """Blend with the mean of the grey image."""
-    grey = _grey(pixels)
+    grey = greyscale(pixels).float()
     # Summed as integers: exact, so that the other images of the batch cannot change the last bit.
     mean = grey.long().sum(dim=(1, 2, 3), keepdim=True).double() / grey[0].numel()
     return _blend(pixels, mean.float(), factors)
@@ -52,7 +53,7 @@ def contrast(pixels: Tensor, factors: Tensor) -> Tensor:
 
 def saturation(pixels: Tensor, factors: Tensor) -> Tensor:
     """Blend with the grey image ("color" in the policies)."""
-    return _blend(pixels, _grey(pixels), factors)
+    return _blend(pixels, greyscale(pixels).float(), factors)
 
 
 def sharpness(pixels: Tensor, factors: Tensor) -> Tensor:
@@ -97,13 +98,17 @@ def solarize(pixels: Tensor, thresholds: Tensor) -> Tensor:
 
 def autocontrast(pixels: Tensor, magnitudes: Tensor) -> Tensor:
     """Stretch each channel to the whole range."""
-    stretched: Tensor = tvf.autocontrast(pixels)
+    from torchvision.transforms.v2.functional import autocontrast
+
+    stretched: Tensor = autocontrast(pixels)
     return stretched
 
 
 def equalize(pixels: Tensor, magnitudes: Tensor) -> Tensor:
     """Flatten the histogram of each channel."""
-    flattened: Tensor = tvf.equalize(pixels)
+    from torchvision.transforms.v2.functional import equalize
+
+    flattened: Tensor = equalize(pixels)
     return flattened
 
 
@@ -128,10 +133,12 @@ def blur(pixels: Tensor, sigmas: Tensor, radius: int) -> Tensor:
     return values.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _grey(pixels: Tensor) -> Tensor:
-    """Luma rounded down: float32 (n, 1, H, W)."""
-    luma: Tensor = tvf.rgb_to_grayscale(pixels, num_output_channels=1)
-    return luma.float()
+def greyscale(pixels: Tensor) -> Tensor:
+    """Luma rounded down: uint8 (n, 1, H, W)."""
+    from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+    luma: Tensor = rgb_to_grayscale(pixels, num_output_channels=1)
+    return luma
 
 
 def _blend(pixels: Tensor, other: Tensor, factors: Tensor) -> Tensor:
