@@ -185,7 +185,7 @@ def sweep_and_divide(world: World, digits: Path, weights: dict[str, Tensor], sub
         "labelled": np.flatnonzero(clean > 0.5).tolist(),
         "seen": np.flatnonzero(~np.isnan(clean)).tolist(),
         "accuracy": evaluation.finish()["accuracy"],
-        "auc": metrics["split_auc0"],
+        **({"auc": metrics["split_auc0"]} if world.is_main else {}),
     }
 
 
