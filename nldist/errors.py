@@ -5,14 +5,25 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec
 
 P = ParamSpec("P")
 EXIT_REFUSED = 2  # as argparse's: something that the user can put right
+REFUSAL_VARIABLE = "NLDIST_REFUSAL"
 
 
 class UserError(Exception):
     """Something that the user can put right: the message says what is wrong, where, and what to do."""
+
+
+def note_refusal() -> None:
+    """Leave the file that $NLDIST_REFUSAL names, if it is set: that the user has something to put right.
+
+    For where a rank's exit code is lost, because others are killed.
+    """
+    if path := os.environ.get(REFUSAL_VARIABLE):
+        Path(path).touch()
 
 
 def known(error: BaseException) -> BaseException:
@@ -42,6 +53,7 @@ def main_guard(main: Callable[P, int | None]) -> Callable[P, int]:
             error = known(raised)
             if not isinstance(error, UserError):
                 raise
+            note_refusal()
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr)
             return EXIT_REFUSED

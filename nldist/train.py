@@ -160,8 +160,7 @@ class Trainer:
             code = self._fit()
             status = "KILLED" if self._stop else "FINISHED"
         finally:
-            # What MLflow lacks then is sent at the next start: who stops has no time to wait for a server, and where a
-            # rank takes long to die with another one Slurm repeats the order to end, at the job's next start.
+            # What MLflow lacks then is sent at the next start: who stops has no time to wait for a server.
             self.tracker.end(status, _END_SECONDS if status == "FINISHED" else _STOP_SECONDS)
         return code
 

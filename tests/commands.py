@@ -1,6 +1,7 @@
 """A command in a process of its own that is forked, not started: importing torch again takes seconds each time."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +9,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tests.ranks import CONTEXT
-
-TIMEOUT_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,16 @@ class Command:
         assert self.process.pid is not None
         return self.process.pid
 
-    def wait(self, timeout: float = TIMEOUT_SECONDS) -> Done:
+    def wait(self, timeout: float = 300) -> Done:
         """Until it has ended."""
-        self.process.join(timeout)
-        if self.process.is_alive():
+        try:
+            self.process.join(timeout)
+        finally:
+            alive = self.process.is_alive()
+            if alive:
+                os.killpg(self.pid, signal.SIGKILL)
+                self.process.join()
+        if alive:
             raise TimeoutError(f"not ended after {timeout} s:\n{self._out.read_text()}\n{self._err.read_text()}")
         return Done(self.process.exitcode, self._out.read_text(), self._err.read_text())
 

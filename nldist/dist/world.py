@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nldist.dist.environment import Place
 from nldist.dist.stop import REQUEST, Stop
-from nldist.errors import UserError, known, one_line
+from nldist.errors import UserError, known, note_refusal, one_line
 from nldist.memory import keep_freed_memory
 
 T = TypeVar("T")
@@ -172,6 +172,7 @@ class World:
         if first is not None and isinstance(error, RuntimeError):
             print(f"rank {self.rank} stops because of {first}", file=sys.stderr, flush=True)
         elif isinstance(error, UserError):
+            note_refusal()
             if not told:
                 print(f"error: {error}", file=sys.stderr, flush=True)
         else:

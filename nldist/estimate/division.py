@@ -54,13 +54,13 @@ def split_quality(clean_probability: np.ndarray, truth: np.ndarray | None, tau: 
     Returns:
         labelled_share; with truth also split_auc, split_precision and split_recall (None where undefined).
     """
-    from sklearn.metrics import roc_auc_score  # takes seconds, and one rank needs it
-
     seen = ~np.isnan(clean_probability)
     chosen = clean_probability[seen] > tau
     quality: dict[str, Any] = {"labelled_share": float(chosen.mean())}
     if truth is None:
         return quality
+    from sklearn.metrics import roc_auc_score  # takes seconds, and one rank needs it
+
     correct = truth[seen]
     hits = int((chosen & correct).sum())
     both = 0 < correct.sum() < len(correct)

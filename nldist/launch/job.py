@@ -8,7 +8,7 @@ import submitit
 
 from nldist.config import Config
 from nldist.dist.stop import EXIT_REQUEUE, EXIT_STOPPED, REQUEST
-from nldist.errors import EXIT_REFUSED, main_guard
+from nldist.errors import REFUSAL_VARIABLE, main_guard
 from nldist.launch.requeue import refusal
 
 
@@ -52,18 +52,18 @@ class TrainJob:
         REQUEST.listen()
         if self.here is not None:
             self.here.tell()
+        elif "SLURM_JOB_ID" in os.environ:
+            os.environ[REFUSAL_VARIABLE] = str(refusal(submitit.JobEnvironment().paths.folder))
         from nldist.stages import train
 
         code = main_guard(train)(self.config, self.stages)
         if code == 0 or (self.here is not None and code != EXIT_REQUEUE):
             return code
-        if code == EXIT_REFUSED and "SLURM_JOB_ID" in os.environ:
-            refusal(submitit.JobEnvironment().paths.folder).touch()
         if code == EXIT_STOPPED:
             # Slurm sends SIGTERM for a preemption and for scancel alike: the batch script sees which it was. And where
             # a rank dies and SIGTERM ends the others srun gives 143, too: that is no stop with all saved.
             code = EXIT_REQUEUE
         if code == EXIT_REQUEUE:
-            # srun ends the others when the first has ended; they are about to, and with this code.
+            # Slurm may send it still, such as for scontrol requeue. This rank is about to end, and with this code.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(code)

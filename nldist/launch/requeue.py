@@ -49,7 +49,7 @@ def main(code: int, folder: Path, max_crashes: int) -> int:
 def refusal(folder: Path) -> Path:
     """A rank that has found something for the user to put right leaves this file.
 
-    Its exit code would not do: the others may be killed, and then srun ends with their code, which is higher.
+    Its exit code would not do: the others may be killed, and for srun a signal counts before any code.
     """
     return folder / f"{os.environ['SLURM_JOB_ID']}.refused"
 

@@ -25,7 +25,7 @@ from nldist.launch.slurm import check_partition, has_slurm
 
 _UNLIMITED_MINUTES = 60 * 24 * 365
 _ARRAY_PARALLELISM = 256
-_LAST_RANK_SECONDS = 120  # after the first one: rank 0 gives MLflow up to 60 s at the end of a run
+_LAST_RANK_SECONDS = 60  # after the first one; a rank that fails gives MLflow and the others a few seconds each
 
 
 @dataclass(frozen=True)
@@ -141,12 +141,12 @@ def executor(
 def _srun(settings: ClusterSettings) -> list[str]:
     """Where a rank dies the others must not wait for it for ever. And srun does not take its cores over from sbatch.
 
-    The others notice it, report and end by themselves. `--kill-on-bad-exit` would not leave them the time, and Slurm
-    repeats its order to end the step until all nodes obey: up to minutes later, when the requeued job's step of the
-    same number runs.
+    The others notice it, report and end by themselves. With kill-on-bad-exit, which may be a cluster's default, they
+    could not, and Slurm repeats its order to end the step until all nodes obey: up to minutes later, when the requeued
+    job's step of the same number runs.
     """
     cores = [f"--cpus-per-task={settings.cpus_per_task}"] if settings.cpus_per_task else []
-    return [f"--wait={_LAST_RANK_SECONDS}", *cores, *settings.srun]
+    return ["--kill-on-bad-exit=0", f"--wait={_LAST_RANK_SECONDS}", *cores, *settings.srun]
 
 
 def _setup(settings: ClusterSettings) -> list[str]:

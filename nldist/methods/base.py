@@ -57,7 +57,7 @@ class Pass(ABC):
 
     @abstractmethod
     def finish(self) -> Metrics:
-        """Complete the pass; return metrics that hold for all ranks. A collective."""
+        """Complete the pass; return metrics that hold for all ranks; rank 0 may have more, to report. A collective."""
 
     def splits(self) -> dict[str, "Split"]:
         """The divisions into clean and noisy that the finished pass made, by network."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nldist.dist.stop import REQUEST, Stop
+from nldist.errors import REFUSAL_VARIABLE
 from nldist.dist.world import World
 from tests.conftest import REPOSITORY
 from tests.ranks import free_port, run_ranks
@@ -72,7 +73,7 @@ with World.start(num_threads=1, timeout_seconds=60, device="cpu") as world:
 def fail(kind: str, victim: int, tmp_path: Path) -> tuple[list[int], list[str]]:
     """Three ranks, of which one (or all) fails; exit codes and what each wrote to stderr."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
+    shared = os.environ | {REFUSAL_VARIABLE: str(tmp_path / "refused"), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
     ranks = [
         subprocess.Popen(
             [sys.executable, str(tmp_path / "script.py"), kind, str(victim)],
@@ -97,9 +98,11 @@ def test_a_rank_s_bug_is_shown_in_full_by_that_rank_alone(tmp_path: Path) -> Non
         assert errors[rank].strip().startswith(f"rank {rank} stops because of rank 1")
         assert "ValueError: this is what was wrong" in errors[rank]
         assert "Traceback" not in errors[rank]
+    assert not (tmp_path / "refused").exists()
 
 
 def test_an_error_that_all_ranks_meet_is_told_once(tmp_path: Path) -> None:
     codes, errors = fail("same", 0, tmp_path)
     assert codes == [2, 2, 2]
     assert sum(text.count("error: this is what was wrong") for text in errors) == 1
+    assert (tmp_path / "refused").exists()

@@ -26,10 +26,10 @@ SETTINGS = ("train.epochs=4", "method.dividemix.warmup_epochs=1", "dist.device=c
 NODES = ("--nodes=2", "--tasks-per-node=1", "--cpus-per-task=1", "--time=0:10:00")
 
 
-def launch(*arguments: object, env: dict[str, str], folder: Path) -> Done:
+def launch(*arguments: object, env: dict[str, str], folder: Path, timeout: float = 300) -> Done:
     """launcher/submit.py in a process of its own, which prints into files in `folder`."""
     # A job inherits this environment, and so where the ranks find nldist.
-    return Command(main, arguments, folder, env | {"PYTHONPATH": str(REPOSITORY)}).wait()
+    return Command(main, arguments, folder, env | {"PYTHONPATH": str(REPOSITORY)}).wait(timeout)
 
 
 def submit(slurm: Cluster, digits: Path, run_dir: Path, *arguments: str) -> int:
@@ -262,7 +262,9 @@ def test_the_demo_is_as_accurate_on_two_nodes_as_on_local_ranks(slurm: Cluster, 
         )
         demo = REPOSITORY / "configs" / "demo.yaml"
         env = slurm.env | {"OMP_NUM_THREADS": "1"}
-        done = launch(demo, *settings, f"--cluster={cluster}", *nodes, "--wait", env=env, folder=tmp_path / cluster)
+        done = launch(
+            demo, *settings, f"--cluster={cluster}", *nodes, "--wait", env=env, folder=tmp_path / cluster, timeout=900
+        )
         assert done.returncode == 0, done.stdout + done.stderr
     summaries = [json.loads((run_dir / "summary.json").read_text()) for run_dir in runs.values()]
     assert summaries[0]["method"] == "scanmix"
