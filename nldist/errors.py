@@ -1,5 +1,6 @@
 """Errors that a user can act on, and how entry points report them."""
 
+import contextlib
 import errno
 import functools
 import os
@@ -23,7 +24,8 @@ def note_refusal() -> None:
     For where a rank's exit code is lost, because others are killed.
     """
     if path := os.environ.get(REFUSAL_VARIABLE):
-        Path(path).touch()
+        with contextlib.suppress(OSError):  # such as the full disk that is to be told of
+            Path(path).touch()
 
 
 def known(error: BaseException) -> BaseException:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from nldist.errors import REFUSAL_VARIABLE, UserError, main_guard
 from nldist.launch.requeue import main, refusal
 
 
@@ -86,3 +87,17 @@ def test_a_member_of_an_array_is_told_by_its_own_name(told: Path, monkeypatch: p
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert decide(told, 144, "RUNNING")
     assert told.read_text().splitlines() == ["--oneliner show job 100_3", "requeue incomplete 100_3"]
+
+
+@pytest.mark.parametrize("folder", [".", "nowhere"])
+def test_a_rank_leaves_word_of_what_the_user_must_put_right_where_it_can(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @main_guard
+    def refuse() -> int:
+        raise UserError("this is wrong")
+
+    monkeypatch.setenv(REFUSAL_VARIABLE, str(tmp_path / folder / "100.refused"))
+    assert refuse() == 2
+    assert capsys.readouterr().err == "error: this is wrong\n"
+    assert (tmp_path / "100.refused").exists() == (folder == ".")
