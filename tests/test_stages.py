@@ -1,5 +1,6 @@
 import json
 import math
+import random
 import re
 from pathlib import Path
 
@@ -97,6 +98,29 @@ def test_each_stage_alone_killed_and_started_again_ends_with_the_same_weights(
     assert epoch_records(run_dir) == epoch_records(undisturbed)
     assert job(digits, run_dir, "--stages", "mining") == [2]
     assert "no stage 'mining'; its stages are pretext, mine, cluster, train" in output(run_dir)
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage_ends_with_the_same_weights(digits: Path, undisturbed: Path, tmp_path: Path) -> None:
+    random.seed(3)
+    run_dir = tmp_path / "run"
+    codes: list[int | None] = []
+    num_kills = 0
+    while codes != [0, 0]:
+        victim = random.randrange(2)
+        codes = job(digits, run_dir, world_size=2, kill=(victim, random.randint(6, 22)))
+        num_kills += codes != [0, 0]
+        assert codes in ([0, 0], [-9, 1], [1, -9]), "the other rank must end, not wait"
+    text = output(run_dir)
+    assert num_kills > 8
+    for name in STAGES:
+        assert f"{name}: done before" in text
+        assert epoch_records(stage(run_dir, name)) == epoch_records(stage(undisturbed, name))
+    one, other = (stage(run, "mine") / "tables" / "neighbours.npy" for run in (run_dir, undisturbed))
+    assert one.read_bytes() == other.read_bytes()
+    assert_same_weights(stage(undisturbed, "pretext"), stage(run_dir, "pretext"))
+    assert_same_weights(undisturbed, run_dir)
+    assert epoch_records(run_dir) == epoch_records(undisturbed)
 
 
 def test_a_stopped_stage_saves_and_its_last_epoch_goes_on_with_other_ranks(digits: Path, tmp_path: Path) -> None:
