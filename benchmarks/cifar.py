@@ -85,11 +85,11 @@ def main() -> None:
     print(f"recorded in {record.write(f'cifar-{options.labels}', ['torch', 'torchvision', 'webdataset'], results)}")
 
 
-def prepare(options: argparse.Namespace, num_train: int) -> None:
+def prepare(options: argparse.Namespace, num_train: int, num_test: int = 10_000) -> None:
     """Unpack, shard and label; steps that are done already cost seconds."""
     raw, data = options.work / "raw", options.work / "data"
     if not raw.exists():
-        unpack(options.source / "cifar10_images.tar.gz", raw, num_train)
+        unpack(options.source / "cifar10_images.tar.gz", raw, {"train": num_train, "test": num_test})
     for split in ("train", "test"):
         run_python(
             "tools/shard.py", "folder", str(raw / split), str(data), "--split", split, "--name", options.work.name
@@ -104,23 +104,20 @@ def prepare(options: argparse.Namespace, num_train: int) -> None:
         run_python(*noise, name, *table, name)
 
 
-def unpack(archive: Path, target: Path, num_train: int) -> None:
-    """All test images and a seeded, class-balanced choice of training images."""
+def unpack(archive: Path, target: Path, counts: dict[str, int]) -> None:
+    """A seeded, class-balanced choice of each split's images."""
     if not archive.exists():
         raise UserError(f"{archive} is missing; name its directory with --source")
     aside = target.with_name(target.name + ".part")
     with tarfile.open(archive) as tar:
-        by_class: dict[str, list[tarfile.TarInfo]] = defaultdict(list)
+        by_class: dict[tuple[str, str], list[tarfile.TarInfo]] = defaultdict(list)
+        for member in filter(tarfile.TarInfo.isfile, tar.getmembers()):
+            split, name = Path(member.name).parts[-3:-1]
+            by_class[split, name].append(member)
         chosen = []
-        for member in tar.getmembers():
-            parts = Path(member.name).parts
-            if member.isfile() and "test" in parts:
-                chosen.append(member)
-            elif member.isfile() and "train" in parts:
-                by_class[parts[-2]].append(member)
-        for name in sorted(by_class):
-            members = sorted(by_class[name], key=lambda m: m.name)
-            chosen += random.Random(f"nldist {name}").sample(members, num_train // len(by_class))
+        for (split, name), members in sorted(by_class.items()):
+            number = counts[split] * len(counts) // len(by_class)
+            chosen += random.Random(f"nldist {name}").sample(sorted(members, key=lambda m: m.name), number)
         for member in chosen:
             member.name = str(Path(*Path(member.name).parts[-3:]))
         # In the archive's order: a compressed file cannot be read backwards.

@@ -169,6 +169,7 @@ class MineSection(Section):
 
     k: int = Field(20, ge=1, le=255, description="neighbours of each image, itself not counted")
     layer: Literal["projector", "backbone"] = Field("projector", description="features that are compared")
+    view: list[ViewOp] | None = Field(None, description="fixed view that the features are of; none = views.eval")
     factory: Name = Field("Flat", description="FAISS index; Flat is exact")
     num_probe: int | None = Field(None, ge=1, description="lists that an IVF index looks into")
     block: int = Field(4096, ge=1, description="queries per step and rank")

@@ -16,7 +16,7 @@ from nldist.config_file import load_config
 from nldist.dist.checkpoint import load_file, save_file
 from nldist.errors import UserError
 from nldist.files import write_text
-from nldist.models import Classifier, build_model
+from nldist.models import Classifier, build_model, check_revision
 from nldist.status import SUMMARY_FILE, read_summary
 
 # What may change between the starts of one run: none of it changes what is learnt in an epoch.
@@ -143,6 +143,7 @@ class RunDirectory:
         saved = load_file(file)
         if saved["stage"] != "train":
             raise UserError(f"{self.path} holds the stage {saved['stage']} of a run, which predicts no classes")
+        check_revision(saved, saved["model"], file)
         if saved["classes"] != classes:
             raise UserError(f"{file} is for other classes (or another order of them) than {config.data.root} has")
         networks = []

@@ -20,6 +20,7 @@ from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.methods.base import Method
 from nldist.methods.context import Context
+from nldist.models import model_revision
 from nldist.models.pretrained import weights_digest
 from nldist.pretext.mine import Mine
 from nldist.pretext.moco import MoCo
@@ -35,6 +36,8 @@ _VERSION = 1  # of what stages compute: to be raised when the same settings come
 # Beginnings of the names of settings that decide about every stage, and of those that only measure or divide the work.
 _SHARED = ("run.seed", "model.", "data.mean", "data.std", "data.max_side", "data.window", "train.autocast")
 _FREE = ("pretext.knn_", "mine.block")
+# Settings that came after stages had been made without them, with the values that change nothing.
+_ADDED = {"mine.view": None}
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,12 @@ def _derive_pretext(config: Config) -> Config:
     return _derive(config, config.pretext)
 
 
+def _derive_mine(config: Config) -> Config:
+    if config.mine.view is None:
+        return config
+    return config.model_copy(update={"views": config.views.model_copy(update={"eval": config.mine.view})})
+
+
 def _derive_cluster(config: Config) -> Config:
     assert config.cluster is not None
     return _derive(config, config.cluster)
@@ -78,7 +87,7 @@ def _build_pretext(context: Context) -> Method:
 
 STAGES = {
     "pretext": Stage(("pretext.",), (), _derive_pretext, _build_pretext),
-    "mine": Stage(("mine.", "views.eval"), ("pretext",), lambda config: config, Mine),
+    "mine": Stage(("mine.", "views.eval"), ("pretext",), _derive_mine, Mine),
     "cluster": Stage(("cluster.", "views.eval"), ("pretext", "mine"), _derive_cluster, Scan),
 }
 CHAINS: dict[str, tuple[str, ...]] = {"scanmix": ("pretext", "mine", "cluster")}
@@ -141,9 +150,15 @@ def stage_directories(config: Config, images: str) -> dict[str, Path]:
     `images` is the fingerprint of the training images.
     """
     root = config.run.stages_dir or config.run.dir / "stages"
-    settings = {key: value for key, value in config.flat().items() if not key.startswith(_FREE)}
+    settings = {
+        key: value
+        for key, value in config.flat().items()
+        if not key.startswith(_FREE) and not (key in _ADDED and value == _ADDED[key])
+    }
     if config.model.pretrained is not None:
         settings["model.pretrained"] = weights_digest(config.model.pretrained)
+    if (revision := model_revision(config.model.name)) > 1:
+        settings["model.revision"] = revision
     digests: dict[str, str] = {}
     directories = {}
     for name in CHAINS.get(config.method.name, ()):

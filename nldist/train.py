@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nldist import report
+from nldist import __version__, report
 from nldist.config import Config
 from nldist.data.index import Index
 from nldist.data.stream import Stream
@@ -23,6 +23,7 @@ from nldist.errors import UserError
 from nldist.methods.base import Method, Pass, Phase
 from nldist.methods.build import build_method
 from nldist.methods.context import Context
+from nldist.models import check_revision, model_revision
 from nldist.progress import Meter, Watch, peak_memory_gib
 from nldist.run import RunDirectory
 from nldist.status import StatusFile
@@ -109,12 +110,17 @@ class Trainer:
             self.method.start()
             return
         self.position, shared, rank = self.checkpoints.load(path, self.context.table)
+        check_revision(shared, self.config.model.name, path)
         self.method.load_state_dict(shared["method"])
         self.record = shared["record"]
         if rank is not None:
             self.method.load_rank_state_dict(rank["method"])
             self.meter, self._bad_before = Meter(rank["meter"]), rank["num_bad"]
         self._say(f"resumed from {path.name} with {self.world.size} rank(s), written by {shared['world_size']}")
+        if (version := shared.get("nldist", "0.1.0")) != __version__:
+            self._say(
+                f"begun with nldist {version}, goes on with {__version__}: CHANGELOG.md has what is computed otherwise"
+            )
         if shared["world_size"] != self.world.size:
             self._say(self._what_changes(shared["world_size"]))
 
@@ -296,6 +302,7 @@ class Trainer:
         facts = {
             "stage": self.stage,
             "model": self.config.model.name,
+            "model_revision": model_revision(self.config.model.name),
             "classes": self.context.train.classes,
             "epoch": num_epochs,
             self.method.score: score,
@@ -322,7 +329,12 @@ class Trainer:
         self._check_finite()
         self.position = position
         self.record["seconds"] = time.perf_counter() - self._began
-        shared = {"method": self.method.state_dict(), "record": self.record}
+        shared = {
+            "method": self.method.state_dict(),
+            "record": self.record,
+            "model_revision": model_revision(self.config.model.name),
+            "nldist": __version__,
+        }
         rank = {
             "method": self.method.rank_state_dict(),
             "meter": self.meter.state_dict(),

@@ -14,7 +14,7 @@ from nldist.config_file import load_config
 from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.run import RunDirectory
-from nldist.stages import _is_done, stage_directories
+from nldist.stages import _is_done, stage_config, stage_directories
 from nldist.train import build_context
 from tests.conftest import REPOSITORY
 from tests.jobs import output, run_job
@@ -28,6 +28,9 @@ SHORT = (
     "train.eval_batch_size=128",
 )
 STAGES = ("pretext", "mine", "cluster")
+# Of tests/digits.yaml with SHORT and the images "same", as nldist 0.1 (commit c551f53) named them.
+OLD_DIGESTS = {"pretext-89a8590ea0", "mine-86e06c0906", "cluster-87870e7756"}
+OLD_DIGESTS_PREACT = {"pretext-483ed8e6a6", "mine-8e94f9e719", "cluster-416cf55c29"}
 
 
 def job(digits: Path, run_dir: Path, *overrides: str, **options: object) -> list[int | None]:
@@ -171,6 +174,24 @@ def test_a_stage_is_run_again_exactly_when_its_inputs_change(digits: Path) -> No
         after = directories(override)
         assert {name for name in STAGES if after[name] != before[name]} == rerun, override
     assert not set(directories(images="other").values()) & set(before.values())
+
+
+def test_stages_of_the_release_before_are_found() -> None:
+    """The digests that nldist 0.1 gave, but for the network whose weights mean another one since."""
+    config = load_config(REPOSITORY / "tests" / "digits.yaml", SHORT)
+    names = {path.name for path in stage_directories(config, "same").values()}
+    assert names == OLD_DIGESTS
+    config = load_config(REPOSITORY / "tests" / "digits.yaml", [*SHORT, "model.name=preact_resnet18"])
+    assert not {path.name for path in stage_directories(config, "same").values()} & OLD_DIGESTS_PREACT
+
+
+def test_the_features_are_mined_in_a_view_of_their_own(digits: Path) -> None:
+    settings = [f"data.root={digits}", *SHORT, "mine.view=[{op: center_crop, size: 7}]"]
+    config = load_config(REPOSITORY / "tests" / "digits.yaml", settings)
+    for name, side in (("pretext", 8), ("mine", 7), ("cluster", 8)):
+        context = build_context(stage_config(name, config, Path("unused")), World.single())
+        batch = next(iter(context.stream("train", context.sweep(8))))["all"]
+        assert context.fixed_view(batch).shape[2:] == (side, side), name
 
 
 def test_pretrained_weights_count_by_their_content(digits: Path, tmp_path: Path) -> None:

@@ -81,6 +81,38 @@ def test_resume_is_exact_with_every_kind_of_state(
     assert_same_weights(tmp_path / "whole", tmp_path / "cut")
 
 
+def as_of_the_release_before(file: Path) -> None:
+    """Take what nldist 0.1 did not write out of a checkpoint's or weights file."""
+    content = torch.load(file, weights_only=True)
+    torch.save({key: value for key, value in content.items() if key not in ("model_revision", "nldist")}, file)
+
+
+@pytest.mark.parametrize(("model", "code"), [("small_cnn", 0), ("preact_resnet18", 2)])
+def test_a_run_of_the_release_before_goes_on_unless_its_network_is_another(
+    model: str,
+    code: int,
+    digits: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = [f"data.root={digits}", f"model.name={model}", "method.name=cross_entropy", "train.batch_size=256"]
+    arguments += ["train.checkpoint_every_steps=5", "train.epochs=2"]
+    assert run_job(run_dir, *arguments, kill=(0, 14)) == [-9]  # in the second epoch
+    for file in (*run_dir.glob("checkpoints/*/shared.pt"), run_dir / "weights" / "last.pt"):
+        as_of_the_release_before(file)
+    assert run_job(run_dir, *arguments) == [code]
+    if code == 0:
+        assert "begun with nldist 0.1.0, goes on with" in output(run_dir)
+        return
+    reason = "is of another preact_resnet18: since nldist 0.2 its identity shortcuts carry relu(bn1(x))"
+    assert reason in output(run_dir)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert nldist.cli.main(["evaluate", str(run_dir)]) == 2
+    assert f"last.pt {reason}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_sigterm_saves_and_the_same_command_goes_on(
     num_workers: int, undisturbed: Path, digits: Path, tmp_path: Path

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from nldist.config import Config
 from nldist.dist.deepspeed_settings import deepspeed_settings
-from nldist.dist.engine import Engine, build_optimizer
+from nldist.dist.engine import Each, Engine, build_optimizer
 from nldist.dist.world import World
 from nldist.errors import UserError
 
@@ -70,7 +70,7 @@ class DeepSpeedEngine(Engine):
         self._parameters: list[Any] = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._shapes = [p.shape for p in self._parameters]
         self._parts = _divide(self._optimizer, network) if partly else []
-        self._deepspeed = _initialize(deepspeed, _Precise(network, self), self._optimizer, config, world)
+        self._deepspeed = _initialize(deepspeed, Each(network, self._precision), self._optimizer, config, world)
         self._pieces = list(self._find_pieces()) if self._stage else []
 
     def _network(self) -> nn.Module:
@@ -103,10 +103,10 @@ class DeepSpeedEngine(Engine):
             if piece is not None:
                 piece.of(piece.flat).copy_(piece.of_whole(parameter))
 
-    def _forward(self, images: Tensor, last: bool) -> Tensor:
+    def _forward(self, batches: Sequence[Tensor], last: bool) -> Sequence[Tensor]:
         self._deepspeed.set_gradient_accumulation_boundary(last)
-        logits: Tensor = self._deepspeed(images)
-        return logits
+        outputs: Sequence[Tensor] = self._deepspeed(*batches)
+        return outputs
 
     def _backward(self, loss: Tensor) -> None:
         self._deepspeed.backward(loss, scale_wrt_gas=False)
@@ -155,20 +155,6 @@ class DeepSpeedEngine(Engine):
                     mine[key] = value.to(owner.device if key != "step" else value.device, copy=True)
                 else:
                     piece.of(mine.setdefault(key, torch.zeros_like(owner.data))).copy_(piece.of_whole(value))
-
-
-class _Precise(nn.Module):
-    """The network with the engine's precision inside, where DeepSpeed, which has its own, leaves it alone."""
-
-    def __init__(self, network: nn.Module, engine: Engine) -> None:
-        super().__init__()
-        self.network = network
-        self._precision = engine._precision
-
-    def forward(self, images: Tensor) -> Tensor:
-        with self._precision():
-            outputs: Tensor = self.network(images)
-        return outputs
 
 
 @dataclass(eq=False)

@@ -4,7 +4,7 @@ import contextlib
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,13 +30,14 @@ def batch_factor(optim: OptimSection, global_batch: int) -> float:
 def learning_rate(optim: OptimSection, epoch: float, num_epochs: int, factor: float = 1.0) -> float:
     """The learning rate at a (fractional) epoch of `num_epochs`, for a batch with this `batch_factor`.
 
-    A factor above 1 is grown into over lr_rule_epochs (Goyal et al., section 2.2: gradual warm-up).
+    A factor above 1 is grown into over lr_rule_epochs (Goyal et al., section 2.2: gradual warm-up). Schedules go by
+    whole epochs, as in the authors' codes; what grows at the start goes by steps.
     """
     if factor > 1 and epoch < optim.lr_rule_epochs:
         factor = 1 + (factor - 1) * epoch / optim.lr_rule_epochs
     rate = optim.lr * factor
     if optim.schedule == "cosine":
-        rate = optim.min_lr + (rate - optim.min_lr) * (1 + math.cos(math.pi * epoch / num_epochs)) / 2
+        rate = optim.min_lr + (rate - optim.min_lr) * (1 + math.cos(math.pi * int(epoch) / num_epochs)) / 2
     else:
         rate *= optim.gamma ** sum(epoch >= milestone for milestone in optim.milestones)
     return rate * min(1.0, epoch / optim.warmup_epochs) if optim.warmup_epochs else rate
@@ -87,8 +88,8 @@ class Engine(ABC):
         self._step, self._num_steps = 0, 0
 
     @abstractmethod
-    def _forward(self, images: Tensor, last: bool) -> Tensor:
-        """The outputs for `images`, in the precision of the forward; `last` of its accumulation group or not."""
+    def _forward(self, batches: Sequence[Tensor], last: bool) -> Sequence[Tensor]:
+        """The outputs for each batch, in the precision of the forward; `last` of its accumulation group or not."""
 
     @abstractmethod
     def _backward(self, loss: Tensor) -> None:
@@ -126,19 +127,28 @@ class Engine(ABC):
         return stop - first, self._step + 1 == stop
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (b, C), float32, with gradient, for the one backward of this step."""
+        """Logits (b, C), at least float32, with gradient, for the one backward of this step."""
+        (logits,) = self.forward_each(images)
+        return logits
+
+    def forward_each(self, *batches: Tensor) -> list[Tensor]:
+        """What `forward` gives for each of several batches, one after the other: batch norm has the statistics of each
+        alone, and its running averages follow each. Together they are the one forward of this step.
+        """
         _, last = self._group()
-        return self._forward(images.contiguous(memory_format=self._format), last).float()
+        return [_whole(logits) for logits in self._forward([self._formatted(batch) for batch in batches], last)]
 
     @torch.no_grad()
     def predict(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
-        """Logits (b, C), float32, of this network (or of `model`, such as a peer) in its present mode, no gradient."""
+        """Logits (b, C), at least float32, of this network (or of `model`, such as a peer) in its present mode.
+
+        No gradient.
+        """
         with self._precision():
-            logits: Tensor = (self.model if model is None else model)(images.contiguous(memory_format=self._format))
-        return logits.float()
+            return _whole((self.model if model is None else model)(self._formatted(images)))
 
     def evaluate(self, images: Tensor) -> Tensor:
-        """Logits (b, C), float32, of the averaged weights where they are kept, in eval mode, no gradient."""
+        """Logits (b, C), at least float32, of the averaged weights where they are kept, in eval mode, no gradient."""
         return self.predict(images, self.evaluated.eval())
 
     @property
@@ -160,6 +170,9 @@ class Engine(ABC):
         """Average the batch-norm statistics over the ranks. A collective."""
         for module in filter(None, (self.model, self.averaged)):
             average_buffers(module, self._world)
+
+    def _formatted(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=self._format)
 
     def _precision(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self._world.device.type, torch.bfloat16, enabled=self._autocast)
@@ -203,7 +216,9 @@ class DDPEngine(Engine):
 
     def __init__(self, model: nn.Module, config: Config, world: World, *, partly: bool = False) -> None:
         super().__init__(model, config, world)
-        self._ddp: nn.Module = self._wrap(partly) if world.size > 1 else self.model
+        self._each: nn.Module = Each(self.model, self._precision)
+        if world.size > 1:
+            self._each = self._wrap(partly)
         self._optimizer = build_optimizer(self.model, config.optim)
         self._settled = partly  # then DDP never regroups its buckets
         self._gradient_bytes = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
@@ -213,25 +228,25 @@ class DDPEngine(Engine):
             # torch 2.15 renames broadcast_buffers, in a version newer than the oldest that we support.
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(
-                self.model,
+                self._each,
                 device_ids=[self._world.device] if self._world.device.type == "cuda" else None,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
                 find_unused_parameters=partly,
             )
 
-    def _forward(self, images: Tensor, last: bool) -> Tensor:
+    def _forward(self, batches: Sequence[Tensor], last: bool) -> Sequence[Tensor]:
         sync: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if isinstance(self._ddp, DistributedDataParallel):
+        if isinstance(self._each, DistributedDataParallel):
             if not self._settled:
-                self._settle(images)
+                self._settle(batches)
             if not last:
-                sync = self._ddp.no_sync()
-        with sync, self._precision():
-            logits: Tensor = self._ddp(images)
-        return logits
+                sync = self._each.no_sync()
+        with sync:
+            outputs: Sequence[Tensor] = self._each(*batches)
+        return outputs
 
-    def _settle(self, images: Tensor) -> None:
+    def _settle(self, batches: Sequence[Tensor]) -> None:
         """A backward pass without effect, after which DDP regroups its gradient buckets once and for all.
 
         Left to the first real step, the regrouping would make a resumed run sum three or more ranks' gradients
@@ -239,8 +254,9 @@ class DDPEngine(Engine):
         """
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         device = self._world.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), self._precision():
-            self._ddp(images).float().sum().backward()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            total = torch.stack([output.float().sum() for output in self._each(*batches)]).sum()
+            total.backward()  # type: ignore[no-untyped-call]
         self._optimizer.zero_grad()
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
@@ -264,6 +280,24 @@ class DDPEngine(Engine):
 
     def _load_optimizer_state(self, state: dict[str, Any]) -> None:
         self._optimizer.load_state_dict(state)
+
+
+class Each(nn.Module):
+    """A network on several batches in turn, in an engine's precision: what DDP or DeepSpeed sees as one forward."""
+
+    def __init__(self, network: nn.Module, precision: Callable[[], contextlib.AbstractContextManager]) -> None:
+        super().__init__()
+        self.network, self._precision = network, precision
+
+    def forward(self, *batches: Tensor) -> tuple[Tensor, ...]:
+        """The network's outputs for each batch."""
+        with self._precision():
+            return tuple(self.network(batch) for batch in batches)
+
+
+def _whole(outputs: Tensor) -> Tensor:
+    """float32, where the forward was in less."""
+    return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 
 def average_buffers(model: nn.Module, world: World) -> None:

@@ -1,7 +1,7 @@
 """The engine on DeepSpeed's ZeRO stage 3, which divides the weights too."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -85,11 +85,11 @@ class Zero3Engine(DeepSpeedEngine):
                 plain.data = plain.new_empty(0)
         self._whole = False
 
-    def _forward(self, images: Tensor, last: bool) -> Tensor:
+    def _forward(self, batches: Sequence[Tensor], last: bool) -> Sequence[Tensor]:
         for plain, twin in zip(self.model.modules(), self._twin.modules(), strict=True):
             # Train mode, and what else methods switch on their networks.
             twin.__dict__.update({name: value for name, value in vars(plain).items() if isinstance(value, (bool, str))})
-        return super()._forward(images, last)
+        return super()._forward(batches, last)
 
     def _update(self, rate: float) -> None:
         super()._update(rate)

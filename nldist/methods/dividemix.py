@@ -240,7 +240,9 @@ class DividePass(EnginePass):
         """One step: guess targets, mix, descend (Algorithm 1, lines 11 to 27)."""
         labelled, unlabelled = batches["labelled"], batches["unlabelled"]
         x, u = self._views(labelled), self._views(unlabelled)
-        targets = [self._refine(labelled, x)] * 2 + ([self._guess(u)] * 2 if u else [])
+        # In this order: batch norm's running averages weigh the later forward more.
+        guessed = [self._guess(u)] * 2 if u else []
+        targets = [self._refine(labelled, x)] * 2 + guessed
         num_rows = 2 * len(labelled.ids)
         mixed, mixed_targets = self._mix(torch.cat([*x, *u]), torch.cat(targets), num_rows, step)
         logits = self.engine.forward(mixed)

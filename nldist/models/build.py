@@ -1,9 +1,10 @@
 """Classifiers by name: our own small networks, and everything that timm knows."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -16,9 +17,33 @@ from nldist.models.small import SmallCNN
 OWN_BACKBONES: dict[str, Callable[[], SmallCNN | ResNetCIFAR]] = {
     "small_cnn": SmallCNN,
     "preact_resnet18": partial(ResNetCIFAR, PreActBlock, (2, 2, 2, 2)),
-    "resnet18_cifar": partial(ResNetCIFAR, BasicBlock, (2, 2, 2, 2)),
+    "resnet18_cifar": partial(ResNetCIFAR, BasicBlock, (2, 2, 2, 2), kaiming=True),
     "resnet34_cifar": partial(ResNetCIFAR, BasicBlock, (3, 4, 6, 3)),
 }
+
+# Where weights of one name came to mean another network: how often, and how the present one differs from the last.
+_CHANGED = {
+    "preact_resnet18": (1, "since nldist 0.2 its identity shortcuts carry relu(bn1(x)), as DivideMix's do, and not x"),
+}
+
+
+def model_revision(name: str) -> int:
+    """Which network the name stands for: 1, or more where weights that an earlier nldist saved mean another one."""
+    return 1 + _CHANGED.get(name, (0, ""))[0]
+
+
+def check_revision(saved: Mapping[str, Any], name: str, path: Path) -> None:
+    """Refuse (UserError) what was saved of a network that the name no longer stands for.
+
+    Args:
+        saved: what `path` holds; "model_revision" in it, 1 where it is missing.
+        name: of the model.
+        path: to name in the error.
+    """
+    if saved.get("model_revision", 1) != model_revision(name):
+        raise UserError(
+            f"{path} is of another {name}: {_CHANGED[name][1]}; train anew in another run.dir, or use nldist 0.1 for it"
+        )
 
 
 def model_names() -> list[str]:

@@ -1,8 +1,9 @@
 """Residual networks with the CIFAR stem: 3 x 3, stride 1, no max-pooling.
 
 With `BasicBlock` it is the post-activation network (He et al. 2016a); with `PreActBlock` the pre-activation
-one (He et al. 2016b), in the variant that DivideMix trains: batch norm and ReLU right after the stem, none
-before the pooling (algorithms 2.c).
+one (He et al. 2016b) in the variant that DivideMix trains, which differs from theirs in three places: batch norm and
+ReLU right after the stem, none before the pooling, and shortcuts that carry the activated input
+(docs/dividemix.md, "Where paper and code differ").
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,13 @@ STAGE_WIDTHS = (64, 128, 256, 512)
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+
+
+def init_convolutions(model: nn.Module) -> None:
+    """Draw all convolutions from a normal distribution of variance 2 / fan-out (He et al. 2015, section 2.2)."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 class BasicBlock(nn.Module):
@@ -40,7 +48,7 @@ class BasicBlock(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """bn-relu-conv twice, plus the input or a bare 1 x 1 convolution of the first activation."""
+    """bn-relu-conv twice, plus the first activation, or a bare 1 x 1 convolution of it."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -48,22 +56,30 @@ class PreActBlock(nn.Module):
         self.conv1 = _conv3x3(in_channels, channels, stride)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv2 = _conv3x3(channels, channels)
-        self.shortcut: nn.Module | None = None
+        self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != channels:
             self.shortcut = nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(b, in_channels, h, w) -> (b, channels, h / stride, w / stride)."""
         activated = F.relu(self.bn1(x))
-        shortcut = x if self.shortcut is None else self.shortcut(activated)
-        out = self.conv2(F.relu(self.bn2(self.conv1(activated))))
-        return torch.add(out, shortcut)
+        out: torch.Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        return torch.add(out, self.shortcut(activated))
 
 
 class ResNetCIFAR(nn.Module):
-    """Stem (conv-bn-relu), four stages of blocks at strides 1, 2, 2, 2, mean pooling."""
+    """Stem (conv-bn-relu), four stages of blocks at strides 1, 2, 2, 2, mean pooling.
 
-    def __init__(self, block: type[BasicBlock] | type[PreActBlock], num_blocks: Sequence[int]) -> None:
+    Args:
+        block: what the stages are made of.
+        num_blocks: of each stage.
+        kaiming: begin from normally distributed convolutions of variance 2 / fan-out (He et al. 2015, section 2.2),
+            not from torch's default.
+    """
+
+    def __init__(
+        self, block: type[BasicBlock] | type[PreActBlock], num_blocks: Sequence[int], *, kaiming: bool = False
+    ) -> None:
         super().__init__()
         self.conv1 = _conv3x3(3, STAGE_WIDTHS[0])
         self.bn1 = nn.BatchNorm2d(STAGE_WIDTHS[0])
@@ -77,6 +93,8 @@ class ResNetCIFAR(nn.Module):
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)
         self.num_features = STAGE_WIDTHS[-1]
+        if kaiming:
+            init_convolutions(self)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Pooled features (b, 512) of images (b, 3, h, w)."""

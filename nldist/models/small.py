@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from nldist.models.resnet_cifar import init_convolutions
+
 
 def _stage(in_channels: int, out_channels: int, *, downsample: bool) -> nn.Sequential:
     layers: list[nn.Module] = [nn.MaxPool2d(2)] if downsample else []
@@ -27,9 +29,7 @@ class SmallCNN(nn.Module):
             _stage(second, third, downsample=True),
         )
         self.num_features = third
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        init_convolutions(self)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Pooled features (b, num_features) of images (b, 3, h, w), h and w at least 4."""

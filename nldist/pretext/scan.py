@@ -25,7 +25,7 @@ from nldist.pretext.gather import global_mean, row_counts
 from nldist.pretext.mine import GRAPH_FILE
 
 _PURPOSE = 64  # of plans and views; two per network
-_VALIDATION_NEIGHBOURS = 5  # the authors' number
+_VALIDATION_NEIGHBOURS = 5  # beside the image itself: the authors' number
 
 
 class Scan(Method):
@@ -192,8 +192,9 @@ class NeighbourPass(EnginePass):
             self.context.view(batches[role], self.epoch, purpose + n, view)[rows]
             for n, (role, rows) in enumerate((("anchors", anchors), ("neighbours", partners)))
         ]
-        logits = self.engine.forward(torch.cat(images))
-        log_p, log_n = logits.view(len(logits), self._num_heads, -1).log_softmax(2).chunk(2)
+        log_p, log_n = (
+            logits.view(len(logits), self._num_heads, -1).log_softmax(2) for logits in self.engine.forward_each(*images)
+        )
         disagreement = -global_mean(agreement(log_p, log_n).mean(1), row_counts(len(log_p), world), world)
         # The sum of all heads' terms, in one collective.
         entropy = mean_negative_entropy(log_p.exp().flatten(1), world) / self._num_heads
@@ -203,7 +204,10 @@ class NeighbourPass(EnginePass):
 
 
 class ValidationPass(Pass):
-    """SCAN's loss on images kept apart (algorithms 3.b B): over 5 neighbours each, and the entropy of all of them."""
+    """SCAN's loss on images kept apart: over each image itself and 5 neighbours of it, and the entropy of all of them.
+
+    That the image itself counts is the authors' code (docs/scanmix.md).
+    """
 
     trains = False
     name = "validate"
@@ -246,7 +250,7 @@ class ValidationPass(Pass):
                 for batch in (anchors, partners)
             )
             place, found = _find(partners.draws, anchors.draws)
-            agreements = agreement(log_p[place[found]], log_n[found])
+            agreements = torch.cat([agreement(log_p, log_p), agreement(log_p[place[found]], log_n[found])])
             num_classes = log_p.shape[2]
             self._sums[:, :num_classes] += log_p.exp().sum(0)
             self._sums[:, num_classes] += agreements.sum(0)

@@ -341,9 +341,16 @@ def test_strong_ours_ends_with_a_cutout_of_its_range() -> None:
     images, sizes, draws = same_batch(300)
     stats = ((0.4914, 0.4822, 0.4465), (0.2, 0.2, 0.2))  # no pixel is zero by itself
     got = view([{"op": "strong_ours"}], stats)(images, sizes, draws, KEY)
-    areas = (got == 0).all(1).sum((1, 2))
-    assert areas.min() >= 1
-    assert 100 < areas.max() <= 256
+    holes = (got == 0).all(1)
+    assert 100 < holes.sum((1, 2)).max() <= 256
+    images, sizes, draws = same_batch(300)
+    got = view([{"op": "strong_ours", "cutout": [1, 4]}], stats)(images, sizes, draws, KEY)
+    holes = (got == 0).all(1)
+    border = torch.ones(holes.shape[1:], dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    whole = holes[(holes & border).any((1, 2)).logical_not()]
+    # Lengths of 1 to 4 blank 2 * floor(L / 2) pixels a side: none, 2, 2, 4.
+    assert set(whole.sum((1, 2)).tolist()) == {0, 4, 16}
     kept = view([{"op": "strong_ours", "num_ops": 1, "cutout": [1, 1]}])(images, sizes, draws, KEY)
     unchanged = ((kept != images).any(1).sum((1, 2)) <= 1).float().mean().item()
     assert 1 / 14 - 0.05 < unchanged < 0.25  # identity, and operations that chance to change nothing

@@ -115,6 +115,27 @@ def test_accumulation_clipping_and_optimisers_are_those_of_ddp(stage: int, own: 
             assert_close(got, want)
 
 
+def in_pairs(world: World, settings: Config) -> tuple[list[float], Weights]:
+    """Steps of two forwards each."""
+    engine = build_engine(network(0), settings, world)
+    engine.start_pass(4, 0)
+    losses = []
+    for step in range(4):
+        (one, labels), (other, _) = batch(step, world), batch(step + 10, world)
+        first, second = engine.forward_each(one, other[:-1])
+        loss = F.cross_entropy(first, labels) + second.square().mean()
+        engine.step(loss, 0.1)
+        losses.append(loss.item())
+    return losses, weights_of(engine.model) + [b.numpy().copy() for b in engine.model.buffers()]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_steps_of_two_forwards_are_those_of_ddp(stage: int, own: Path) -> None:
+    expected = run_ranks(in_pairs, 2, config())
+    for got, want in zip(run_ranks(in_pairs, 2, zero(own, stage)), expected, strict=True):
+        assert_close(got, want)
+
+
 def in_parts(world: World, settings: Config) -> tuple[list[float], Weights]:
     """A network of which a step leaves out the second head, then the backbone too, then the first head."""
     torch.manual_seed(0)

@@ -64,6 +64,45 @@ def test_ranks_batches_and_accumulation_give_the_gradient_of_the_whole(
             np.testing.assert_allclose(got, want, atol=1e-6)
 
 
+def norms() -> nn.Sequential:
+    torch.manual_seed(4)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 4, 2)).double()
+
+
+def two_parts(rank: int, size: int) -> list[torch.Tensor]:
+    mine = IMAGES.chunk(size)[rank]
+    return [mine[:5], mine[5:]]
+
+
+def several_forwards(world: World, size: int) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    """Logits, weights and buffers after a step on two batches of unequal size of each of `size` ranks."""
+    engine = DDPEngine(norms(), config(momentum=0, weight_decay=0), world)
+    engine.start_pass(1, 0)
+    first, second = engine.forward_each(*two_parts(world.rank, size))
+    engine.step(first.square().mean() + 2 * second.square().mean(), 0.1)
+    found = ([first, second], engine.model.parameters(), engine.model.buffers())
+    return tuple([value.detach().numpy() for value in values] for values in found)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_several_forwards_of_a_step_have_batch_statistics_of_their_own(size: int) -> None:
+    """As if the network were called for each batch, and updated its running averages each time."""
+    results = run_ranks(several_forwards, size, size)
+    gradients: list[tuple[torch.Tensor, ...]] = []
+    for rank, (logits, _, buffers) in enumerate(results):
+        model = norms()
+        outputs = [model(part) for part in two_parts(rank, size)]
+        loss = outputs[0].square().mean() + 2 * outputs[1].square().mean()
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+        for got, want in zip(logits, outputs, strict=True):
+            np.testing.assert_allclose(got, want.detach(), atol=1e-12)
+        for got, buffer in zip(buffers, model.buffers(), strict=True):
+            np.testing.assert_allclose(got, buffer, atol=1e-12)
+    for _, weights, _ in results:
+        for got, old, *parts in zip(weights, norms().parameters(), *gradients, strict=True):
+            np.testing.assert_allclose(got, old.detach() - 0.1 * torch.stack(parts).mean(0), atol=1e-12)
+
+
 def test_average_weights_follow_the_decay() -> None:
     values = config().model_dump() | {"train": {"epochs": 10, "ema_decay": 0.9}}
     engine = DDPEngine(network(), Config.model_validate(values), World.single())
@@ -100,6 +139,7 @@ def test_learning_rate_schedules() -> None:
     )
     cosine = config(lr=0.4, schedule="cosine", min_lr=4e-4).optim
     assert [learning_rate(cosine, e, 500) for e in (0, 250, 500)] == pytest.approx([0.4, 0.2002, 4e-4])
+    assert learning_rate(cosine, 250.9, 500) == learning_rate(cosine, 250, 500), "by epochs, as SimCLR's authors"
 
 
 def test_the_rate_follows_the_global_batch() -> None:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from nldist.config_file import load_config
 from nldist.data.stream import Batch, Stream
@@ -116,38 +117,56 @@ def test_each_phase_trains_its_part_of_the_network(size: int, digits: Path, prod
         assert found["cluster"] == {"backbone", "cluster_head", "statistics"}
 
 
-def test_one_clustering_step_against_the_equation(digits: Path, products: dict[str, Path]) -> None:
-    """Algorithms 3.b B and D4 (our own reference of the loss and of the descent)."""
-    method = build(digits, products, "optim.momentum=0", "optim.weight_decay=0", "method.scanmix.lambda_e=3")
+def clustering_step(world: World, digits: Path, products: dict[str, Path]) -> dict[str, Any]:
+    """One step of network 0: what went in and what came out on this rank."""
+    settings = ("optim.momentum=0", "optim.weight_decay=0", "method.scanmix.lambda_e=3")
+    method = build(digits, products, *settings, world=world)
     method.noise_rate = 0.9
     rng = np.random.default_rng(0)
     for number in (0, 1):
-        method.context.table[f"predicted{number}"][:] = rng.integers(10, size=1437)
+        column = rng.integers(10, size=1437)
+        method.context.table[f"predicted{number}"][:] = column[method.context.table.owned]
     task = method._divide(2)[3]
     plan = task.plan()
     task.start(plan.num_steps, 0)
     batch = next(iter(Stream(method.context.train, method.context.labels, plan)))
-    anchors, partners = batch["anchors"], batch["neighbours"]
-    other = method.context.table["predicted1"]
-    graph = np.load(products["mine"] / "tables" / GRAPH_FILE)
-    for anchor, partner in zip(anchors.ids.tolist(), partners.ids.tolist(), strict=True):
-        valid = [j for j in (anchor, *graph[anchor]) if other[j] == other[anchor]]
-        assert partner in valid, "by the other network's predictions"
-
+    pairs = [batch[role] for role in ("anchors", "neighbours")]
     view = method.context.strong_view
-    images = [method.context.view(b, 2, 64 + n, view) for n, b in enumerate((anchors, partners))]
-    model = network(method)
-    logits = model.cluster_head(model.classifier.features(torch.cat(images)))
-    p_a, p_n = logits.softmax(1).chunk(2)
+    images = [method.context.view(b, 2, 64 + n, view) for n, b in enumerate(pairs)]
+    before = copies(network(method).state_dict())
+    loss = float(task.step(batch, 0)["loss"])
+    found = {"ids": [b.ids for b in pairs], "images": images, "before": before, "loss": loss, "predicted1": column}
+    return found | {"after": copies(network(method).state_dict())}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_one_clustering_step_against_the_equation(size: int, digits: Path, products: dict[str, Path]) -> None:
+    """Anchors and neighbours are forwards of their own, as published (our own reference of loss and descent)."""
+    results = run_ranks(clustering_step, size, digits, products)
+    graph, other = np.load(products["mine"] / "tables" / GRAPH_FILE), results[0]["predicted1"]
+    for result in results:
+        for anchor, partner in zip(*(ids.tolist() for ids in result["ids"]), strict=True):
+            valid = [j for j in (anchor, *graph[anchor]) if other[j] == other[anchor]]
+            assert partner in valid, "by the other network's predictions"
+
+    model = TwoHeads(build_model("small_cnn", 10))
+    model.load_state_dict(results[0]["before"])
+    model.active = "cluster"
+    parameters = {n: p for n, p in model.named_parameters() if not n.startswith("classifier.head")}
+    log_p: list[list[Tensor]] = []
+    for result in results:
+        running = copies(dict(model.named_buffers()))  # the rank's own
+        log_p.append([functional_call(model, running, part).log_softmax(1) for part in result["images"]])
+        for name, value in running.items():
+            torch.testing.assert_close(result["after"][name], value, rtol=1e-5, atol=1e-6)
+    p_a, p_n = (torch.cat([pair[n] for pair in log_p]).exp() for n in (0, 1))
     mean = p_a.mean(0)
     loss = -(p_a * p_n).sum(1).log().mean() + 3 * (mean * mean.log()).sum()
-    parameters = [*model.classifier.backbone.parameters(), *model.cluster_head.parameters()]
-    gradients = torch.autograd.grad(loss, parameters)
-    before = [p.detach().clone() for p in parameters]
-    metrics = task.step(batch, 0)
-    torch.testing.assert_close(metrics["loss"], loss.detach(), rtol=1e-4, atol=1e-5)
-    for old, new, gradient in zip(before, parameters, gradients, strict=True):
-        torch.testing.assert_close(new.detach(), old - 1e-3 * gradient, rtol=1e-3, atol=1e-6)
+    assert np.mean([result["loss"] for result in results]) == pytest.approx(loss.item(), rel=1e-4)
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    for (name, old), gradient in zip(parameters.items(), gradients, strict=True):
+        for result in results:
+            torch.testing.assert_close(result["after"][name], old.detach() - 1e-3 * gradient, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(("share", "high"), [(0.5, False), (0.3, True)])
@@ -245,7 +264,9 @@ def test_the_validation_score_is_that_of_the_best_head_on_any_number_of_ranks(
         log_p = {i: method.all_logits(x[None])[0].double().log_softmax(1) for i, x in pixels.items()}
     scores = []
     for head in range(3):
-        pairs = [(log_p[a][head] + log_p[int(n)][head]).logsumexp(0) for a in method.kept_apart for n in graph[a][:5]]
+        pairs = [
+            (log_p[a][head] + log_p[int(n)][head]).logsumexp(0) for a in method.kept_apart for n in (a, *graph[a][:5])
+        ]
         mean = torch.stack([log_p[int(a)][head].exp() for a in method.kept_apart]).mean(0)
         scores.append(float(torch.stack(pairs).mean() - (mean * mean.log()).sum()))
     for size in (1, 2, 3):

@@ -76,6 +76,19 @@ def test_batch_norm_follows_the_mode() -> None:
     assert not all(torch.equal(value, buffers[key]) for key, value in model.named_buffers())
 
 
+def test_resnet18_cifar_begins_from_kaiming_normal_convolutions() -> None:
+    """He et al. 2015, section 2.2, by fan-out: as in ScanMix's and SCAN's codes."""
+    torch.manual_seed(0)
+    for name, expected in (("resnet18_cifar", True), ("resnet34_cifar", False), ("preact_resnet18", False)):
+        for module in build_model(name, 10).modules():
+            if isinstance(module, nn.Conv2d) and module.weight.numel() > 10_000:
+                std = (2 / (module.out_channels * module.weight[0, 0].numel())) ** 0.5
+                assert (abs(module.weight.std() / std - 1) < 0.03) == expected, name
+            elif isinstance(module, nn.BatchNorm2d):
+                assert (module.weight == 1).all()
+                assert (module.bias == 0).all()
+
+
 def test_preact_resnet18_is_dividemixs_variant() -> None:
     backbone = build_model("preact_resnet18", 10).backbone
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]

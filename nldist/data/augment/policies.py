@@ -112,13 +112,14 @@ class RandAugment(Op):
 class StrongOurs(Op):
     """Four operations out of 14, each with a uniform magnitude, then one cutout.
 
-    The strong augmentation of SCAN's self-labelling and of ScanMix (algorithms 3.c). Must be the last op.
+    The strong augmentation of SCAN's and ScanMix's authors (docs/scanmix.md). The cutout has a length L, uniform in a
+    range, and blanks 2 * floor(L / 2) pixels a side. Must be the last op.
     """
 
     op: Literal["strong_ours"] = "strong_ours"
     num_ops: int = Field(default=4, ge=1, description="Operations per image, drawn with replacement.")
     cutout: Span[PositiveInt] = Field(
-        default=(1, 16), description="Range of the side of the blanked square, in pixels."
+        default=(1, 16), description="Range of the length of the blanked square; its side is the even number below."
     )
 
     hides: ClassVar[bool] = True
@@ -138,7 +139,8 @@ class StrongOurs(Op):
             "posterize": (4, 8),
         }
         changed = frame.with_pixels(_random_ops(frame.pixels, rng, self.num_ops, bank, two_valued=False))
-        return hide_square(changed, rng, self.cutout)
+        low, high = self.cutout
+        return hide_square(changed, rng, 2 * ((low + rng.below(high - low + 1)) // 2))
 
 
 def _random_ops(

@@ -163,13 +163,12 @@ class Cutout(Op):
 
     def apply(self, frame: Frame, rng: Draws) -> Frame:
         """Mark the square; its middle is any pixel, so that it may stick out (DeVries and Taylor 2017)."""
-        return hide_square(filled(frame, self.op), rng, self.side)
+        low, high = (self.side, self.side) if isinstance(self.side, int) else self.side
+        return hide_square(filled(frame, self.op), rng, low + rng.below(high - low + 1))
 
 
-def hide_square(frame: Frame, rng: Draws, side: int | tuple[int, int]) -> Frame:
-    """Mark one square per image as hidden; its side is fixed, or uniform in a range with both its ends."""
-    low, high = (side, side) if isinstance(side, int) else side
-    sides = low + rng.below(high - low + 1)
+def hide_square(frame: Frame, rng: Draws, sides: Tensor) -> Frame:
+    """Mark one square per image as hidden, with `sides` (b,) in pixels, around any pixel."""
     first = (rng.uniform(2) * frame.sizes).long() - (sides // 2)[:, None]
     rows, columns = (_is_within(first[:, axis], sides, length) for axis, length in enumerate(frame.pixels.shape[2:]))
     hidden = (rows[:, :, None] & columns[:, None, :])[:, None]
