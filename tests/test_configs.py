@@ -132,6 +132,18 @@ def test_published_values_of_scanmix_on_cifar(
     assert (config.cluster.optim.name, config.cluster.optim.lr, config.cluster.lambda_e) == ("adam", 1e-4, 5)
 
 
+def test_mini_webvision_mines_crops_of_224_and_trains_on_227() -> None:
+    """ScanMix's code for MoCo's features and for the training."""
+    config = load_config(CONFIGS / "webvision" / "mini-scanmix.yaml")
+    images, sizes = torch.zeros(1, 3, 300, 260, dtype=torch.uint8), torch.tensor([[300, 260]])
+    sides = []
+    for ops in (config.mine.view, config.views.train, config.views.eval):
+        assert ops is not None
+        made = View(ops, config.data.mean, config.data.std)(images, sizes, torch.arange(1), (0, 0, 0))
+        sides.append(tuple(made.shape[2:]))
+    assert sides == [(224, 224), (227, 227), (227, 227)]
+
+
 def test_scanmix_without_a_section_says_which(small: Path) -> None:
     said = complaint(small, "method.name=scanmix")
     assert "needs pretext" in said

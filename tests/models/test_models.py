@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 
 from nldist.errors import UserError
 from nldist.models import Classifier, build_model, model_names
+from tests.conftest import REPOSITORY
 
 
 def num_parameters(module: nn.Module) -> int:
@@ -96,6 +98,34 @@ def test_preact_resnet18_is_dividemixs_variant() -> None:
     backbone.eval()
     features = backbone(torch.randn(8, 3, 32, 32))
     assert features.min() < 0  # no ReLU before the pooling
+
+
+def by_formula(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights that tests/released/networks.json tells of."""
+    weights = {}
+    for k, (name, old) in enumerate((name, value) for name, value in state.items() if value.is_floating_point()):
+        wave = torch.sin(0.37 * torch.arange(old.numel(), dtype=torch.float64) + k).view(old.shape)
+        if old.ndim > 1:
+            weights[name] = wave * (2 / old[0].numel()) ** 0.5
+        elif name.endswith(("running_mean", "bias")):
+            weights[name] = 0.1 * wave
+        else:
+            weights[name] = 1 + (0.2 if name.endswith("running_var") else 0.1) * wave
+    return weights
+
+
+@pytest.mark.parametrize(("name", "side"), [("resnet34_cifar", 32), ("inception_resnet_v2", 299)])
+def test_networks_are_the_released_ones(name: str, side: int) -> None:
+    """MixNN's ResNet-34 and DivideMix's Inception-ResNet-v2; PreAct-ResNet-18 is in tests/methods."""
+    released = json.loads((REPOSITORY / "tests" / "released" / "networks.json").read_text())[name]
+    model = build_model(name, 10).double()
+    model.load_state_dict(by_formula(model.state_dict()), strict=False)
+    i = torch.arange(3 * 3 * side * side, dtype=torch.float64)
+    images = torch.sin(0.01 * i + 0.05 * (i % 97)).view(3, 3, side, side)
+    with torch.no_grad():
+        for mode, logits in (("eval", model.eval()(images)), ("train", model.train()(images))):
+            expected = torch.tensor(released[f"logits_{mode}"], dtype=torch.float64)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9 * expected.abs().max().item())
 
 
 def test_small_cnn_learns() -> None:
