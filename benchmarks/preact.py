@@ -23,13 +23,12 @@ from cifar import prepare
 
 from nldist.config_file import load_config
 from nldist.errors import main_guard
-from nldist.models import build
+from nldist.models.build import OWN_BACKBONES
 from nldist.models.resnet_cifar import PreActBlock, ResNetCIFAR
 from nldist.stages import train
 
-NAME = "preact_resnet18"
 SETTINGS = [
-    *(f"model.name={NAME}", "method.name=dividemix", "train.epochs=4", "method.dividemix.warmup_epochs=2"),
+    *("method.name=dividemix", "train.epochs=4", "method.dividemix.warmup_epochs=2"),
     *("optim.lr=0.02", "optim.schedule=step", "method.dividemix.rampup_epochs=2", "data.label_set=sym50"),
 ]
 
@@ -44,10 +43,8 @@ class Former(PreActBlock):
         return torch.add(self.conv2(F.relu(self.bn2(self.conv1(activated)))), shortcut)
 
 
-NETWORKS = {
-    "former": partial(ResNetCIFAR, Former, (2, 2, 2, 2)),
-    "present": partial(ResNetCIFAR, PreActBlock, (2, 2, 2, 2)),
-}
+NETWORKS = {"former": "preact_resnet18_former", "present": "preact_resnet18"}
+OWN_BACKBONES[NETWORKS["former"]] = partial(ResNetCIFAR, Former, (2, 2, 2, 2))
 
 
 @main_guard
@@ -67,9 +64,13 @@ def main() -> None:
 
 def run(network: str, seed: int, work: Path) -> dict[str, Any]:
     """One run in this process; its summary, and the accuracy after each epoch."""
-    build.OWN_BACKBONES[NAME] = NETWORKS[network]
     directory = work / f"{network}-{seed}"
-    places = [f"data.root={work / 'data'}", f"run.dir={directory}", f"run.seed={seed}"]
+    places = [
+        f"model.name={NETWORKS[network]}",
+        f"data.root={work / 'data'}",
+        f"run.dir={directory}",
+        f"run.seed={seed}",
+    ]
     train(load_config(Path(__file__).with_name("cifar5k.yaml"), [*SETTINGS, *places]))
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     accuracies = [line["accuracy"] for line in lines if line["kind"] == "epoch"]

@@ -98,7 +98,9 @@ class OptimSection(Section):
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD and LARS")
     weight_decay: float = Field(5e-4, ge=0)
     nesterov: bool = Field(False, description="of SGD and LARS")
-    schedule: Literal["step", "cosine"] = Field("step", description="step: times gamma at each milestone")
+    schedule: Literal["step", "cosine"] = Field(
+        "step", description="step: times gamma at each milestone; cosine: towards min_lr, once per epoch"
+    )
     milestones: list[int] = Field([], description="epochs at which schedule=step multiplies the rate by gamma")
     gamma: float = Field(0.1, gt=0, le=1)
     min_lr: float = Field(0.0, ge=0, description="end of schedule=cosine")
@@ -179,7 +181,7 @@ class ClusterSection(Section):
     """Stage cluster: SCAN, clustering by neighbours (algorithms 3.b B)."""
 
     epochs: int = Field(50, ge=1)
-    batch_size: int = Field(128, ge=2, description="anchors per step and rank, one neighbour of each")
+    batch_size: int = Field(128, ge=4, description="anchors per step and rank, one neighbour of each")
     view: list[ViewOp] = Field(description="random view of anchors and neighbours")
     optim: ClusterOptim = ClusterOptim()
     lambda_e: float = Field(5.0, ge=0, description="weight of the entropy of the mean prediction")
@@ -222,7 +224,7 @@ class ScanMixMethod(Section):
     """Settings of method.name=scanmix, beside those of method.dividemix (algorithms section 3)."""
 
     lambda_e: float = Field(5.0, ge=0, description="weight of the entropy of the mean prediction")
-    batch_size: int = Field(128, ge=2, description="anchors per step, rank and network in the clustering pass")
+    batch_size: int = Field(128, ge=4, description="anchors per step, rank and network in the clustering pass")
     cluster_every: int | None = Field(
         1, ge=1, description="epochs between clustering passes; none = never, the paper's ablation"
     )

@@ -23,10 +23,23 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     values = _read(Path(path), ())
     for override in overrides:
         _apply(values, override)
+    return _validated(values, path)
+
+
+def parse_config(text: str, name: str) -> Config:
+    """The configuration that `Config.to_yaml` wrote; `name` is what errors call it.
+
+    Raises:
+        UserError: a setting that does not exist (any more), or a wrong value.
+    """
+    return _validated(yaml.safe_load(text), name)
+
+
+def _validated(values: Mapping[str, Any], name: str | Path) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {explain(error)}") from None
+        raise UserError(f"{name}: {explain(error)}") from None
 
 
 def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:

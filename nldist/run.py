@@ -105,6 +105,13 @@ class RunDirectory:
                 f"{self.path} holds a run with other settings: {', '.join(changed[:3])}{more}; "
                 "set another run.dir or delete the old run"
             )
+        if self.summary is None or after["train.epochs"] > before["train.epochs"]:
+            self._check_network(config.model.name)
+
+    def _check_network(self, name: str) -> None:
+        """Refuse (UserError) to go on with a network of this name from what an earlier nldist saved of another one."""
+        for file in sorted(self.path.glob("checkpoints/*/shared.pt"))[-1:]:
+            check_revision(load_file(file, mmap=True), name, self.path)
 
     def config(self, overrides: Sequence[str] = ()) -> Config:
         """The configuration that the run was started with, with overrides such as data.root=..."""

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nldist.config import ClusterSection, Config, PretextSection
 from nldist.dist.environment import num_restarts
@@ -37,7 +38,7 @@ _VERSION = 1  # of what stages compute: to be raised when the same settings come
 _SHARED = ("run.seed", "model.", "data.mean", "data.std", "data.max_side", "data.window", "train.autocast")
 _FREE = ("pretext.knn_", "mine.block")
 # Settings that came after stages had been made without them, with the values that change nothing.
-_ADDED = {"mine.view": None}
+_ADDED = (("mine.view", None),)
 
 
 @dataclass(frozen=True)
@@ -150,24 +151,28 @@ def stage_directories(config: Config, images: str) -> dict[str, Path]:
     `images` is the fingerprint of the training images.
     """
     root = config.run.stages_dir or config.run.dir / "stages"
-    settings = {
-        key: value
-        for key, value in config.flat().items()
-        if not key.startswith(_FREE) and not (key in _ADDED and value == _ADDED[key])
-    }
+    model: dict[str, Any] = {}
     if config.model.pretrained is not None:
-        settings["model.pretrained"] = weights_digest(config.model.pretrained)
+        model["model.pretrained"] = weights_digest(config.model.pretrained)
     if (revision := model_revision(config.model.name)) > 1:
-        settings["model.revision"] = revision
+        model["model.revision"] = revision
     digests: dict[str, str] = {}
     directories = {}
     for name in CHAINS.get(config.method.name, ()):
         stage = STAGES[name]
-        chosen = {key: value for key, value in settings.items() if key.startswith((*_SHARED, *stage.settings))}
-        inputs = [_VERSION, chosen, images, [digests[need] for need in stage.needs]]
+        inputs = [_VERSION, _deciding(stage, config) | model, images, [digests[need] for need in stage.needs]]
         digests[name] = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:10]
         directories[name] = root / f"{name}-{digests[name]}"
     return directories
+
+
+def _deciding(stage: Stage, config: Config) -> dict[str, Any]:
+    """The settings that decide about a stage's outcome, by name."""
+    return {
+        key: value
+        for key, value in stage.derive(config).flat().items()
+        if key.startswith((*_SHARED, *stage.settings)) and not key.startswith(_FREE) and (key, value) not in _ADDED
+    }
 
 
 def stage_config(name: str, config: Config, path: Path) -> Config:

@@ -23,7 +23,7 @@ from nldist.errors import UserError
 from nldist.methods.base import Method, Pass, Phase
 from nldist.methods.build import build_method
 from nldist.methods.context import Context
-from nldist.models import check_revision, model_revision
+from nldist.models import model_revision
 from nldist.progress import Meter, Watch, peak_memory_gib
 from nldist.run import RunDirectory
 from nldist.status import StatusFile
@@ -110,7 +110,6 @@ class Trainer:
             self.method.start()
             return
         self.position, shared, rank = self.checkpoints.load(path, self.context.table)
-        check_revision(shared, self.config.model.name, path)
         self.method.load_state_dict(shared["method"])
         self.record = shared["record"]
         if rank is not None:
@@ -119,7 +118,7 @@ class Trainer:
         self._say(f"resumed from {path.name} with {self.world.size} rank(s), written by {shared['world_size']}")
         if (version := shared.get("nldist", "0.1.0")) != __version__:
             self._say(
-                f"begun with nldist {version}, goes on with {__version__}: CHANGELOG.md has what is computed otherwise"
+                f"saved by nldist {version}, goes on with {__version__}: CHANGELOG.md has what is computed otherwise"
             )
         if shared["world_size"] != self.world.size:
             self._say(self._what_changes(shared["world_size"]))

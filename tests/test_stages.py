@@ -16,8 +16,7 @@ from nldist.errors import UserError
 from nldist.run import RunDirectory
 from nldist.stages import _is_done, stage_config, stage_directories
 from nldist.train import build_context
-from tests.conftest import REPOSITORY
-from tests.jobs import output, run_job
+from tests.jobs import DIGITS, output, run_job
 from tests.test_train import assert_same_weights, epoch_records
 
 SHORT = (
@@ -152,7 +151,7 @@ def run_stages(digits: Path, run_dir: Path, stages: str, *overrides: str, world_
 
 def test_a_stage_is_run_again_exactly_when_its_inputs_change(digits: Path) -> None:
     def directories(*overrides: str, images: str = "same") -> dict[str, Path]:
-        config = load_config(REPOSITORY / "tests" / "digits.yaml", [f"data.root={digits}", *SHORT, *overrides])
+        config = load_config(DIGITS, [f"data.root={digits}", *SHORT, *overrides])
         return stage_directories(config, images)
 
     before = directories()
@@ -178,16 +177,19 @@ def test_a_stage_is_run_again_exactly_when_its_inputs_change(digits: Path) -> No
 
 def test_stages_of_the_release_before_are_found() -> None:
     """The digests that nldist 0.1 gave, but for the network whose weights mean another one since."""
-    config = load_config(REPOSITORY / "tests" / "digits.yaml", SHORT)
+    config = load_config(DIGITS, SHORT)
     names = {path.name for path in stage_directories(config, "same").values()}
     assert names == OLD_DIGESTS
-    config = load_config(REPOSITORY / "tests" / "digits.yaml", [*SHORT, "model.name=preact_resnet18"])
+    config = load_config(DIGITS, [*SHORT, "model.name=preact_resnet18"])
     assert not {path.name for path in stage_directories(config, "same").values()} & OLD_DIGESTS_PREACT
 
 
 def test_the_features_are_mined_in_a_view_of_their_own(digits: Path) -> None:
     settings = [f"data.root={digits}", *SHORT, "mine.view=[{op: center_crop, size: 7}]"]
-    config = load_config(REPOSITORY / "tests" / "digits.yaml", settings)
+    config, unset = load_config(DIGITS, settings), load_config(DIGITS, settings[:-1])
+    assert (mined := stage_directories(config, "same")["mine"]) != stage_directories(unset, "same")["mine"]
+    settings.append("views.eval=[{op: center_crop, size: 6}]")
+    assert stage_directories(load_config(DIGITS, settings), "same")["mine"] == mined, "it does not look at views.eval"
     for name, side in (("pretext", 8), ("mine", 7), ("cluster", 8)):
         context = build_context(stage_config(name, config, Path("unused")), World.single())
         batch = next(iter(context.stream("train", context.sweep(8))))["all"]
@@ -198,13 +200,13 @@ def test_pretrained_weights_count_by_their_content(digits: Path, tmp_path: Path)
     def directories(name: str, content: bytes) -> list[Path]:
         (tmp_path / name).write_bytes(content)
         overrides = [f"data.root={digits}", *SHORT, f"model.pretrained={tmp_path / name}"]
-        return list(stage_directories(load_config(REPOSITORY / "tests" / "digits.yaml", overrides), "same").values())
+        return list(stage_directories(load_config(DIGITS, overrides), "same").values())
 
     before = directories("a.pt", b"weights")
     assert directories("b.pt", b"weights") == before
     assert not set(directories("a.pt", b"others")) & set(before)
     (tmp_path / "a.pt").unlink()
-    config = load_config(REPOSITORY / "tests" / "digits.yaml", [*SHORT, f"model.pretrained={tmp_path / 'a.pt'}"])
+    config = load_config(DIGITS, [*SHORT, f"model.pretrained={tmp_path / 'a.pt'}"])
     with pytest.raises(UserError, match=r"a\.pt cannot be read: No such file"):
         stage_directories(config, "same")
 
@@ -212,7 +214,7 @@ def test_pretrained_weights_count_by_their_content(digits: Path, tmp_path: Path)
 def test_a_stage_that_another_job_runs_is_left_to_it(digits: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     config = load_config(
-        REPOSITORY / "tests" / "digits.yaml",
+        DIGITS,
         [f"run.dir={run_dir}", f"data.root={digits}", *SHORT, "dist.num_threads=1", "dist.device=cpu"],
     )
     path = stage_directories(config, build_context(config, World.single()).fingerprint(labels=False))["pretext"]

@@ -2,6 +2,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,30 +88,48 @@ def as_of_the_release_before(file: Path) -> None:
     torch.save({key: value for key, value in content.items() if key not in ("model_revision", "nldist")}, file)
 
 
-@pytest.mark.parametrize(("model", "code"), [("small_cnn", 0), ("preact_resnet18", 2)])
-def test_a_run_of_the_release_before_goes_on_unless_its_network_is_another(
-    model: str,
-    code: int,
-    digits: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.fixture
+def old_run(digits: Path, tmp_path: Path) -> Callable[..., tuple[Path, list[str]]]:
+    """A run of nldist 0.1 with a model, killed in its second epoch or finished; and its settings."""
+
+    def make(model: str, *, finished: bool) -> tuple[Path, list[str]]:
+        run_dir = tmp_path / "run"
+        arguments = [f"data.root={digits}", f"model.name={model}", "method.name=cross_entropy", "train.batch_size=256"]
+        arguments += ["train.checkpoint_every_steps=5", "train.epochs=2", "optim.schedule=step"]
+        assert run_job(run_dir, *arguments, kill=None if finished else (0, 14)) == [0 if finished else -9]
+        for file in (*run_dir.glob("checkpoints/*/shared.pt"), run_dir / "weights" / "last.pt"):
+            as_of_the_release_before(file)
+        return run_dir, arguments
+
+    return make
+
+
+OTHER_NETWORK = "is of another preact_resnet18: since nldist 0.2 its identity shortcuts carry relu(bn1(x))"
+
+
+def test_a_run_of_the_release_before_goes_on(old_run: Callable[..., tuple[Path, list[str]]]) -> None:
+    run_dir, arguments = old_run("small_cnn", finished=False)
+    assert run_job(run_dir, *arguments) == [0]
+    assert "saved by nldist 0.1.0, goes on with" in output(run_dir)
+
+
+def test_a_run_whose_network_was_another_is_refused(
+    old_run: Callable[..., tuple[Path, list[str]]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_dir = tmp_path / "run"
-    arguments = [f"data.root={digits}", f"model.name={model}", "method.name=cross_entropy", "train.batch_size=256"]
-    arguments += ["train.checkpoint_every_steps=5", "train.epochs=2"]
-    assert run_job(run_dir, *arguments, kill=(0, 14)) == [-9]  # in the second epoch
-    for file in (*run_dir.glob("checkpoints/*/shared.pt"), run_dir / "weights" / "last.pt"):
-        as_of_the_release_before(file)
-    assert run_job(run_dir, *arguments) == [code]
-    if code == 0:
-        assert "begun with nldist 0.1.0, goes on with" in output(run_dir)
-        return
-    reason = "is of another preact_resnet18: since nldist 0.2 its identity shortcuts carry relu(bn1(x))"
-    assert reason in output(run_dir)
+    run_dir, arguments = old_run("preact_resnet18", finished=False)
+    assert run_job(run_dir, *arguments) == [2]
+    assert f"{run_dir} {OTHER_NETWORK}" in output(run_dir)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert nldist.cli.main(["evaluate", str(run_dir)]) == 2
-    assert f"last.pt {reason}" in capsys.readouterr().err
+    assert f"last.pt {OTHER_NETWORK}" in capsys.readouterr().err
+
+
+def test_a_finished_run_of_another_network_is_left_as_it_is(old_run: Callable[..., tuple[Path, list[str]]]) -> None:
+    run_dir, arguments = old_run("preact_resnet18", finished=True)
+    assert run_job(run_dir, *arguments) == [0]
+    assert "nothing to do" in output(run_dir)
+    assert run_job(run_dir, *arguments, "train.epochs=3") == [2]
+    assert OTHER_NETWORK in output(run_dir)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

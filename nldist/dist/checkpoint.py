@@ -179,6 +179,6 @@ def save_file(value: Any, path: Path) -> None:
     os.replace(aside, path)
 
 
-def load_file(path: Path) -> Any:
-    """torch.load of plain tensors and containers only, to the CPU."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+def load_file(path: Path, *, mmap: bool = False) -> Any:
+    """torch.load of plain tensors and containers only, to the CPU; with `mmap` tensors are read when they are used."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

@@ -31,7 +31,7 @@ def learning_rate(optim: OptimSection, epoch: float, num_epochs: int, factor: fl
     """The learning rate at a (fractional) epoch of `num_epochs`, for a batch with this `batch_factor`.
 
     A factor above 1 is grown into over lr_rule_epochs (Goyal et al., section 2.2: gradual warm-up). Schedules go by
-    whole epochs, as in the authors' codes; what grows at the start goes by steps.
+    whole epochs (as in the codes of SimCLR's and MoCo's authors, too); what grows at the start goes by steps.
     """
     if factor > 1 and epoch < optim.lr_rule_epochs:
         factor = 1 + (factor - 1) * epoch / optim.lr_rule_epochs
@@ -136,7 +136,7 @@ class Engine(ABC):
         alone, and its running averages follow each. Together they are the one forward of this step.
         """
         _, last = self._group()
-        return [_whole(logits) for logits in self._forward([self._formatted(batch) for batch in batches], last)]
+        return [_at_least_float32(logits) for logits in self._forward([self._formatted(batch) for batch in batches], last)]
 
     @torch.no_grad()
     def predict(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
@@ -145,7 +145,7 @@ class Engine(ABC):
         No gradient.
         """
         with self._precision():
-            return _whole((self.model if model is None else model)(self._formatted(images)))
+            return _at_least_float32((self.model if model is None else model)(self._formatted(images)))
 
     def evaluate(self, images: Tensor) -> Tensor:
         """Logits (b, C), at least float32, of the averaged weights where they are kept, in eval mode, no gradient."""
@@ -295,8 +295,8 @@ class Each(nn.Module):
             return tuple(self.network(batch) for batch in batches)
 
 
-def _whole(outputs: Tensor) -> Tensor:
-    """float32, where the forward was in less."""
+def _at_least_float32(outputs: Tensor) -> Tensor:
+    """What a forward in bfloat16 gave, in float32."""
     return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 

@@ -3,10 +3,12 @@
 import os
 import signal
 from dataclasses import dataclass
+from typing import Any
 
 import submitit
 
 from nldist.config import Config
+from nldist.config_file import parse_config
 from nldist.dist.stop import EXIT_REQUEUE, EXIT_STOPPED, REQUEST
 from nldist.errors import REFUSAL_VARIABLE, main_guard
 from nldist.launch.requeue import refusal
@@ -38,14 +40,19 @@ class TrainJob:
     there is nothing that submitit's own checkpointing would have to do, in a signal's handler and on rank 0 alone.
 
     Attributes:
-        config: of the run.
+        config: of the run, resolved, as YAML: what it means is decided where it runs, by the nldist that is there then.
         stages: only these of the method's stages; None = all.
         here: for ranks on this machine; None = a cluster's.
     """
 
-    config: Config
+    config: str
     stages: list[str] | None = None
     here: Here | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Jobs that nldist 0.1 queued hold an object, without the settings that have come since."""
+        config = state["config"]
+        self.__dict__ |= state | {"config": config.to_yaml() if isinstance(config, Config) else config}
 
     def __call__(self) -> int:
         """Run it. Returns the exit code for the launcher that waits here; else ends the process with it."""
@@ -54,9 +61,7 @@ class TrainJob:
             self.here.tell()
         elif "SLURM_JOB_ID" in os.environ:
             os.environ[REFUSAL_VARIABLE] = str(refusal(submitit.JobEnvironment().paths.folder))
-        from nldist.stages import train
-
-        code = main_guard(train)(self.config, self.stages)
+        code = main_guard(self._train)()
         if code == 0 or (self.here is not None and code != EXIT_REQUEUE):
             return code
         if code == EXIT_STOPPED:
@@ -67,3 +72,8 @@ class TrainJob:
             # Slurm may send it still, such as for scontrol requeue. This rank is about to end, and with this code.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(code)
+
+    def _train(self) -> int:
+        from nldist.stages import train
+
+        return train(parse_config(self.config, "the job's configuration"), self.stages)

@@ -198,7 +198,7 @@ def submit(
         dependency = _after(before.jobs[0].job_id.partition("_")[0], len(before.jobs)) if before else None
         chosen = executor(cluster, folder, f"{name}-{stage}" if stage else name, settings, dependency)
         here = Here(free_port(), ",".join(gpus_here()[: settings.gpus_per_node])) if cluster != "slurm" else None
-        jobs = [TrainJob(config, [stage] if stage else None, here) for config in configs]
+        jobs = [TrainJob(config.to_yaml(), [stage] if stage else None, here) for config in configs]
         before = Submission(stage, _queue(chosen, jobs))
         yield before
 

@@ -40,7 +40,10 @@ def check_revision(saved: Mapping[str, Any], name: str, path: Path) -> None:
         name: of the model.
         path: to name in the error.
     """
-    if saved.get("model_revision", 1) != model_revision(name):
+    revision = saved.get("model_revision", 1)
+    if revision > model_revision(name):
+        raise UserError(f"{path} is of a {name} that this nldist does not know yet: update nldist")
+    if revision < model_revision(name):
         raise UserError(
             f"{path} is of another {name}: {_CHANGED[name][1]}; train anew in another run.dir, or use nldist 0.1 for it"
         )

@@ -25,7 +25,7 @@ from nldist.pretext.gather import global_mean, row_counts
 from nldist.pretext.mine import GRAPH_FILE
 
 _PURPOSE = 64  # of plans and views; two per network
-_VALIDATION_NEIGHBOURS = 5  # beside the image itself: the authors' number
+_NUM_SCORED = 6  # pairs of an image that count in the score of an epoch, with itself first: the authors' number
 
 
 class Scan(Method):
@@ -111,10 +111,15 @@ class Scan(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """See Method."""
-        return super().state_dict() | {"best_head": self.best_head}
+        return super().state_dict() | {"best_head": self.best_head, "num_scored": _NUM_SCORED}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See Method."""
+        if state.get("num_scored") != _NUM_SCORED:
+            raise UserError(
+                f"{self.context.config.run.dir} was begun when SCAN's score of an epoch was another (nldist 0.1); "
+                "delete it and run the stage again, or end it with nldist 0.1"
+            )
         super().load_state_dict(state)
         self.best_head = state["best_head"]
 
@@ -214,8 +219,8 @@ class ValidationPass(Pass):
 
     def __init__(self, method: Scan) -> None:
         self._context, self._method = method.context, method
-        batch_size = method.context.config.train.eval_batch_size // _VALIDATION_NEIGHBOURS or 1
-        self.batch = {"anchors": batch_size, "neighbours": batch_size * _VALIDATION_NEIGHBOURS}
+        batch_size = method.context.config.train.eval_batch_size // (_NUM_SCORED - 1) or 1
+        self.batch = {"anchors": batch_size, "neighbours": batch_size * (_NUM_SCORED - 1)}
         self.num_samples = len(method.kept_apart)
 
     def plan(self) -> Plan:
@@ -224,7 +229,7 @@ class ValidationPass(Pass):
         return nearest(
             len(self._context.train),
             graph_path(self._context),
-            _VALIDATION_NEIGHBOURS,
+            _NUM_SCORED - 1,
             rank=world.rank,
             size=world.size,
             batch_size=self.batch["anchors"],

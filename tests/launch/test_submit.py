@@ -1,17 +1,22 @@
+import copy
 import json
 import os
+import pickle
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from launcher.submit import main
+from nldist.config_file import load_config
 from nldist.errors import UserError
 from nldist.launch.checks import check
+from nldist.launch.job import TrainJob
 from nldist.launch.settings import ClusterSettings
 from nldist.launch.submit import members, sbatch_text, seeds
 from tests.commands import Command
@@ -211,3 +216,32 @@ def test_a_job_at_the_user_s_signal_is_started_again(start: Start, undisturbed: 
     assert "all saved" in done.stdout
     assert "resumed from" in done.stdout
     assert_same_weights(undisturbed, run_dir)
+
+
+def test_a_job_that_the_release_before_queued_is_understood(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds a Config object as that release made it: without mine.view."""
+    config = load_config(DIGITS, [f"data.root={digits}", "method.name=scanmix"])
+    old = copy.deepcopy(config)
+    del old.mine.__dict__["view"]
+    job = TrainJob.__new__(TrainJob)
+    job.__setstate__(pickle.loads(pickle.dumps({"config": old, "stages": ["mine"], "here": None})))
+    ran = []
+
+    def train(*arguments: Any) -> int:
+        ran.append(arguments)
+        return 0
+
+    monkeypatch.setattr("nldist.stages.train", train)
+    assert job() == 0
+    assert ran == [(config, ["mine"])]
+
+
+def test_a_queued_job_is_validated_where_it_runs(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = load_config(DIGITS, [f"data.root={digits}"]).to_yaml().replace("keep_checkpoints", "kept_checkpoints")
+    with pytest.raises(SystemExit) as end:
+        pickle.loads(pickle.dumps(TrainJob(text)))()
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        "the job's configuration: train.kept_checkpoints is not a setting; did you mean train.keep_checkpoints?" in line
+    )

@@ -293,8 +293,12 @@ def test_the_result_is_a_classifier_with_the_chosen_head(digits: Path, products:
     with torch.no_grad():
         torch.testing.assert_close(plain.eval()(images), method.logits(images))
     again = build_scan(digits, products, "cluster.num_heads=4")
-    again.load_state_dict(method.state_dict())
+    state = method.state_dict()
+    again.load_state_dict(state)
     assert again.best_head == 2
+    del state["num_scored"]
+    with pytest.raises(UserError, match=r"begun when SCAN's score of an epoch was another \(nldist 0\.1\); delete it"):
+        again.load_state_dict(state)
 
 
 def test_scan_with_a_frozen_backbone_trains_the_head_alone(digits: Path, products: dict[str, Path]) -> None:

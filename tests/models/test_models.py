@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nldist.errors import UserError
-from nldist.models import Classifier, build_model, model_names
+from nldist.models import Classifier, build_model, check_revision, model_names
 from tests.conftest import REPOSITORY
 
 
@@ -126,6 +126,20 @@ def test_networks_are_the_released_ones(name: str, side: int) -> None:
         for mode, logits in (("eval", model.eval()(images)), ("train", model.train()(images))):
             expected = torch.tensor(released[f"logits_{mode}"], dtype=torch.float64)
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9 * expected.abs().max().item())
+
+
+def test_what_was_saved_of_another_network_is_refused(tmp_path: Path) -> None:
+    for saved, name in (
+        ({"model_revision": 2}, "preact_resnet18"),
+        ({}, "small_cnn"),
+        ({"model_revision": 1}, "resnet50"),
+    ):
+        check_revision(saved, name, tmp_path)
+    with pytest.raises(UserError, match=r"carry relu\(bn1\(x\)\).*use nldist 0\.1"):
+        check_revision({}, "preact_resnet18", tmp_path)
+    for name, revision in (("preact_resnet18", 3), ("resnet18_cifar", 2)):
+        with pytest.raises(UserError, match=f"a {name} that this nldist does not know yet: update nldist"):
+            check_revision({"model_revision": revision}, name, tmp_path)
 
 
 def test_small_cnn_learns() -> None:

@@ -119,7 +119,7 @@ class StrongOurs(Op):
     op: Literal["strong_ours"] = "strong_ours"
     num_ops: int = Field(default=4, ge=1, description="Operations per image, drawn with replacement.")
     cutout: Span[PositiveInt] = Field(
-        default=(1, 16), description="Range of the length of the blanked square; its side is the even number below."
+        default=(1, 16), description="Range of the length L of the cutout, which blanks 2 * floor(L / 2) pixels a side."
     )
 
     hides: ClassVar[bool] = True
