@@ -21,7 +21,11 @@ def run_tool(*arguments: object, check: bool = True) -> subprocess.CompletedProc
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits with label sets `clean` and `sym50`, in several shards."""
-    root = tmp_path_factory.mktemp("digits")
+    return make_digits(tmp_path_factory.mktemp("digits"))
+
+
+def make_digits(root: Path) -> Path:
+    """Shard the digits into `root` as the fixture of this name has them."""
     run_tool("tools/shard.py", "digits", root, "--shard-size", 300)
     run_tool("tools/noise.py", root, "--model", "symmetric", "--rate", 0.5, "--seed", 0, "--name", "sym50")
     return root

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from nldist.train import Trainer
@@ -19,8 +20,11 @@ def run_job(
     world_size: int = 1,
     kill: tuple[int, int] | None = None,
     stop: tuple[int, int] | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> list[int | None]:
     """Train tests/digits.yaml with overrides; returns each rank's exit code (negative: the signal that ended it).
+
+    Each rank calls `prepare` first, which must stand at the top of a module.
 
     `kill=(rank, n)` ends that rank by SIGKILL after its n-th step; `stop=(rank, n)` sends it
     and its data workers SIGTERM then, as torchrun and Slurm do.
@@ -28,7 +32,9 @@ def run_job(
     arguments = [str(DIGITS), f"run.dir={run_dir}", "dist.num_threads=1", "dist.device=cpu", "track.enabled=false"]
     port = free_port()
     processes = [
-        CONTEXT.Process(target=_run_rank, args=(rank, world_size, port, [*arguments, *overrides], run_dir, kill, stop))
+        CONTEXT.Process(
+            target=_run_rank, args=(rank, world_size, port, [*arguments, *overrides], run_dir, kill, stop, prepare)
+        )
         for rank in range(world_size)
     ]
     for process in processes:
@@ -55,6 +61,7 @@ def _run_rank(
     run_dir: Path,
     kill: tuple[int, int] | None,
     stop: tuple[int, int] | None,
+    prepare: Callable[[], None] | None,
 ) -> None:
     os.setpgid(0, 0)
     log = run_dir.with_name(f"{run_dir.name}.rank{rank}.log").open("a", buffering=1)
@@ -68,6 +75,8 @@ def _run_rank(
     for request, number in ((kill, signal.SIGKILL), (stop, signal.SIGTERM)):
         if request is not None and request[0] == rank:
             _signal_after(request[1], number)
+    if prepare is not None:
+        prepare()
     from nldist.cli import main
 
     sys.exit(main(["train", *arguments]))
