@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from cifar import prepare
 
-from nldist.config_file import load_config
+from nldist.config.file import load_config
 from nldist.errors import main_guard
 from nldist.models.build import OWN_BACKBONES
 from nldist.models.resnet_cifar import PreActBlock, ResNetCIFAR

@@ -74,7 +74,7 @@ def _add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from nldist.config_file import load_config
+    from nldist.config.file import load_config
 
     config = load_config(options.config, options.overrides)
     from nldist.stages import train
@@ -92,7 +92,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    from nldist.config_file import load_config
+    from nldist.config.file import load_config
     from nldist.dryrun import dry_run
 
     for line in dry_run(load_config(options.config, options.overrides), options.world_size):

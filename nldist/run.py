@@ -9,30 +9,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-import yaml
 
-from nldist.config import Config, flatten
-from nldist.config_file import load_config
+from nldist.config import Config
+from nldist.config.file import load_config
+from nldist.config.marks import deciding
 from nldist.dist.checkpoint import load_file, save_file
 from nldist.errors import UserError
 from nldist.files import write_text
 from nldist.models import Classifier, build_model, check_revision
 from nldist.status import SUMMARY_FILE, read_summary
-
-# What may change between the starts of one run: none of it changes what is learnt in an epoch.
-_FREE = (
-    "run.dir",
-    "run.stages_dir",
-    "data.root",
-    "train.checkpoint_every_steps",
-    "train.keep_checkpoints",
-    "data.num_workers",
-    "data.cache_dir",
-    "data.cache_gib",
-    "dist.",
-    "engine.",
-    "track.",
-)
 
 
 class RunDirectory:
@@ -91,13 +76,13 @@ class RunDirectory:
         file = self.path / "config.yaml"
         if not file.exists() or not any((self.path / "checkpoints").iterdir()):
             return
-        free = _FREE if config.optim.schedule == "cosine" else (*_FREE, "train.epochs")
-        before = dict(flatten(yaml.safe_load(file.read_text())))
-        after = config.flat()
+        # Through the same classes: a setting that this run did not have has its default.
+        before, after = (deciding(one) for one in (self.config(), config))
+        longer = config.optim.schedule != "cosine"  # whose rates depend on the number of epochs
         changed = [
             f"{key} ({before.get(key)} -> {after.get(key)})"
             for key in sorted(before.keys() | after.keys())
-            if before.get(key) != after.get(key) and not key.startswith(free)
+            if before.get(key) != after.get(key) and not (longer and key == "train.epochs")
         ]
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nldist.config import ClusterSection, Config, PretextSection
+from nldist.config.marks import naming
 from nldist.dist.environment import num_restarts
 from nldist.dist.stop import REQUEST
 from nldist.dist.world import World
@@ -34,11 +35,8 @@ from nldist.train import Trainer, build_context, fingerprint_of
 MAIN = "train"
 _DYING_SECONDS = 300
 _VERSION = 1  # of what stages compute: to be raised when the same settings come to mean something else
-# Beginnings of the names of settings that decide about every stage, and of those that only measure or divide the work.
+# Beginnings of the names of settings that decide about every stage.
 _SHARED = ("run.seed", "model.", "data.mean", "data.std", "data.max_side", "data.window", "train.autocast")
-_FREE = ("pretext.knn_", "mine.block")
-# Settings that came after stages had been made without them, with the values that change nothing.
-_ADDED = (("mine.view", None),)
 
 
 @dataclass(frozen=True)
@@ -168,11 +166,8 @@ def stage_directories(config: Config, images: str) -> dict[str, Path]:
 
 def _deciding(stage: Stage, config: Config) -> dict[str, Any]:
     """The settings that decide about a stage's outcome, by name."""
-    return {
-        key: value
-        for key, value in stage.derive(config).flat().items()
-        if key.startswith((*_SHARED, *stage.settings)) and not key.startswith(_FREE) and (key, value) not in _ADDED
-    }
+    names = (*_SHARED, *stage.settings)
+    return {name: value for name, value in naming(stage.derive(config)).items() if name.startswith(names)}
 
 
 def stage_config(name: str, config: Config, path: Path) -> Config:

@@ -1,14 +1,18 @@
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
 import yaml
 
-from nldist.config_file import load_config
+from nldist.config import Config, Section
+from nldist.config.file import load_config
+from nldist.config.marks import FREE, LATER, deciding, naming
 from nldist.data.views import View
 from nldist.errors import UserError
 from nldist.models.build import model_names
+from nldist.run import RunDirectory
 from tests.conftest import REPOSITORY
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -390,3 +394,72 @@ def test_a_configuration_is_fixed_once_read(small: Path) -> None:
     config = load_config(small)
     with pytest.raises(ValueError, match="frozen"):
         config.train.epochs = 3  # type: ignore[misc]
+
+
+# What may change between the starts of a run
+
+
+def free(config: Config) -> set[str]:
+    return set(config.flat()) - set(deciding(config))
+
+
+def test_the_free_settings_are_those_that_change_nothing_that_is_learnt() -> None:
+    config = load_config(REPOSITORY / "tests" / "digits.yaml")
+    sections = {name for name in config.flat() if name.startswith(("dist.", "engine.", "track."))}
+    assert "engine.zero_stage" in sections
+    assert free(config) == sections | {
+        *("run.dir", "run.stages_dir", "data.root", "data.num_workers", "data.cache_dir", "data.cache_gib"),
+        *("train.checkpoint_every_steps", "train.keep_checkpoints", "mine.block"),
+        *("pretext.knn_every", "pretext.knn_k", "pretext.knn_samples"),
+    }
+
+
+class Inner(Section):
+    old: int = 1
+    new: Annotated[list[int] | None, LATER] = None
+    speed: Annotated[int, FREE] = 3
+
+
+class Outer(Section):
+    inner: Inner = Inner()
+    machine: Annotated[Inner, FREE] = Inner()
+
+
+def test_a_later_setting_names_only_where_it_has_not_its_default() -> None:
+    assert naming(Outer()) == {"inner.old": 1}
+    assert naming(Outer(inner=Inner(new=[2], speed=9))) == {"inner.old": 1, "inner.new": [2]}
+    assert deciding(Outer()) == {"inner.old": 1, "inner.new": None}
+
+
+@pytest.fixture
+def old_run(tmp_path: Path) -> RunDirectory:
+    """A run directory with a checkpoint, with the settings as nldist 0.1 (commit c551f53) wrote them."""
+    run = RunDirectory(tmp_path / "run")
+    (run.path / "checkpoints" / "e0001-p00-s000000000").mkdir(parents=True)
+    shutil.copy(REPOSITORY / "tests" / "old" / "config.yaml", run.path / "config.yaml")
+    return run
+
+
+def test_a_run_directory_of_the_release_before_goes_on(old_run: RunDirectory) -> None:
+    saved = yaml.safe_load((old_run.path / "config.yaml").read_text())
+    settings = ["data.root=elsewhere", "method.name=scanmix"]
+    now = load_config(REPOSITORY / "tests" / "digits.yaml", settings)
+    assert "view" not in saved["mine"], "a setting that came later"
+    for overrides in ([], ["pretext.knn_every=9", "track.enabled=false", "data.num_workers=3"]):
+        old_run.claim(load_config(REPOSITORY / "tests" / "digits.yaml", [*settings, *overrides]))
+        old_run.release()
+    del saved["optim"]["gamma"], saved["data"]["window"]
+    (old_run.path / "config.yaml").write_text(yaml.safe_dump(saved))
+    old_run.claim(now)
+    old_run.release()
+
+
+def test_what_the_user_changed_is_named_and_nothing_else(old_run: RunDirectory) -> None:
+    settings = ["method.name=scanmix", "optim.lr=0.03", "mine.view=[]", "run.dir=elsewhere"]
+    with pytest.raises(UserError) as caught:
+        old_run.claim(load_config(REPOSITORY / "tests" / "digits.yaml", settings))
+    assert str(caught.value) == (
+        f"{old_run.path} holds a run with other settings: mine.view (None -> []), optim.lr (0.02 -> 0.03); "
+        "set another run.dir or delete the old run"
+    )
+    old_run.release()

@@ -10,7 +10,7 @@ import torch
 
 from nldist import report
 from nldist.cli import main
-from nldist.config_file import load_config
+from nldist.config.file import load_config
 from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.run import RunDirectory

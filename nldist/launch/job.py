@@ -8,7 +8,7 @@ from typing import Any
 import submitit
 
 from nldist.config import Config
-from nldist.config_file import parse_config
+from nldist.config.file import parse_config
 from nldist.dist.stop import EXIT_REQUEUE, EXIT_STOPPED, REQUEST
 from nldist.errors import REFUSAL_VARIABLE, main_guard
 from nldist.launch.requeue import refusal

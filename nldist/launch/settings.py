@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from nldist.config import Name, Section
-from nldist.config_file import explain
+from nldist.config.file import explain
 from nldist.errors import UserError
 
 Cluster = Literal["slurm", "local", "debug"]

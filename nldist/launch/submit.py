@@ -17,7 +17,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from nldist.config import Config
-from nldist.config_file import load_config
+from nldist.config.file import load_config
 from nldist.errors import UserError
 from nldist.launch.job import Here, TrainJob
 from nldist.launch.settings import Cluster, ClusterSettings

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from launcher.submit import main
-from nldist.config_file import load_config
+from nldist.config.file import load_config
 from nldist.errors import UserError
 from nldist.launch.checks import check
 from nldist.launch.job import TrainJob

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nldist.config_file import load_config
+from nldist.config.file import load_config
 from nldist.data.plan import Plan
 from nldist.data.stream import Batch, Stream
 from nldist.dist.world import World

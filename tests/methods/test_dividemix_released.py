@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nldist.config_file import load_config
+from nldist.config.file import load_config
 from nldist.data.stream import Batch
 from nldist.dist.world import World
 from nldist.methods.dividemix import DivideMix, DividePass

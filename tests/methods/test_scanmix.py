@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from nldist.config_file import load_config
+from nldist.config.file import load_config
 from nldist.data.stream import Batch, Stream
 from nldist.dist.world import World
 from nldist.errors import UserError

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from nldist.config import Config
-from nldist.config_file import load_config
+from nldist.config.file import load_config
 from nldist.stages import stage_config
 from tests.jobs import DIGITS
 

@@ -1,0 +1,108 @@
+"""The typed configuration of a run: one class per part, every field documented. `nldist.config.file` reads it."""
+
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, model_validator
+
+from nldist.config.marks import FREE, flat
+from nldist.config.methods import DivideMixMethod, MethodSection, MixtureSection, MixupMethod, ScanMixMethod
+from nldist.config.run import (
+    DataSection,
+    DistSection,
+    EngineSection,
+    ModelSection,
+    RunSection,
+    TrackSection,
+    ViewsSection,
+)
+from nldist.config.section import Name, Section
+from nldist.config.stages import ClusterOptim, ClusterSection, MineSection, PretextOptim, PretextSection
+from nldist.config.training import OptimSection, TrainSection
+
+# Also what the classes of queued jobs of nldist 0.1 are called.
+__all__ = [
+    "ClusterOptim",
+    "ClusterSection",
+    "Config",
+    "DataSection",
+    "DistSection",
+    "DivideMixMethod",
+    "EngineSection",
+    "MethodSection",
+    "MineSection",
+    "MixtureSection",
+    "MixupMethod",
+    "ModelSection",
+    "Name",
+    "OptimSection",
+    "PretextOptim",
+    "PretextSection",
+    "RunSection",
+    "ScanMixMethod",
+    "Section",
+    "TrackSection",
+    "TrainSection",
+    "ViewsSection",
+]
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunSection = RunSection()
+    data: DataSection
+    views: ViewsSection
+    model: ModelSection = ModelSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection
+    method: MethodSection = MethodSection()
+    pretext: PretextSection | None = Field(None, description="for methods that begin with self-supervision")
+    mine: MineSection = MineSection()
+    cluster: ClusterSection | None = Field(None, description="for methods that begin with clustering")
+    dist: Annotated[DistSection, FREE] = DistSection()
+    engine: Annotated[EngineSection, FREE] = EngineSection()
+    track: Annotated[TrackSection, FREE] = TrackSection()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Config":
+        divide = self.method.dividemix
+        if self.method.name == "scanmix":
+            self._check_scanmix()
+        if self.model.compile and self.engine.zero_stage == 3:
+            raise ValueError("model.compile=true cannot be used with engine.zero_stage=3; leave one of them out")
+        if self.method.name in ("dividemix", "scanmix") and divide.warmup_epochs > self.train.epochs:
+            raise ValueError(
+                f"method.dividemix.warmup_epochs={divide.warmup_epochs} is more than "
+                f"train.epochs={self.train.epochs}; lower it or train longer"
+            )
+        return self
+
+    def _check_scanmix(self) -> None:
+        for name, value in (
+            ("pretext", self.pretext),
+            ("cluster", self.cluster),
+            ("views.strong", self.views.strong),
+        ):
+            if value is None:
+                raise ValueError(f"method.name=scanmix needs {name}; see configs/clothing1m/scanmix.yaml")
+        assert self.pretext is not None
+        if self.pretext.epochs == 0 and self.model.pretrained is None:
+            raise ValueError("pretext.epochs=0 keeps the backbone of model.pretrained; set that, or train the pretext")
+        if self.pretext.epochs == 0 and self.mine.layer == "projector":
+            raise ValueError("pretext.epochs=0 leaves the projector untrained; set mine.layer=backbone")
+        if self.method.dividemix.warmup_epochs == 0:
+            raise ValueError(
+                "method.name=scanmix needs method.dividemix.warmup_epochs of 1 or more: until then the outputs are "
+                "clusters, not classes"
+            )
+        if self.method.dividemix.subset is not None:
+            raise ValueError("method.dividemix.subset is not for scanmix, which looks at every image; set it to null")
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by dotted name, as plain values."""
+        return flat(self)
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML that `load_config` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,74 @@
+"""Which method, and the settings of each."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from nldist.config.section import Section
+
+
+class MixtureSection(Section):
+    """The two-component mixture over the losses (algorithms 1.3, 1.4; defaults of the reference)."""
+
+    max_iter: int = Field(10, ge=1, description="EM iterations at most; the early stop is part of the method")
+    tol: float = Field(1e-2, gt=0, description="stop when the mean log-likelihood changes by less")
+    reg_covar: float = Field(5e-4, gt=0, description="added to both variances")
+    history: int = Field(1, ge=1, description="epochs of normalised losses averaged (reference: 5 at 90 % noise)")
+
+
+class MixupMethod(Section):
+    """Settings of method.name=mixup."""
+
+    alpha: float = Field(1.0, gt=0, description="mixing weight ~ Beta(alpha, alpha)")
+
+
+class DivideMixMethod(Section):
+    """Settings of method.name=dividemix (symbols as in the paper; algorithms section 2)."""
+
+    warmup_epochs: int = Field(10, ge=0, description="epochs of cross-entropy before the first split")
+    warmup_penalty: bool = Field(False, description="add negative entropy in the warm-up (asymmetric or real noise)")
+    tau: float = Field(0.5, gt=0, lt=1, description="labelled if the clean probability exceeds it")
+    temperature: float = Field(0.5, gt=0, description="T of sharpening")
+    alpha: float = Field(4.0, gt=0, description="mixing weight ~ Beta(alpha, alpha)")
+    lambda_u: float = Field(25.0, ge=0, description="weight of the unlabelled loss (form=cifar)")
+    rampup_epochs: float = Field(16.0, gt=0, description="epochs over which lambda_u grows from 0")
+    form: Literal["cifar", "real"] = Field(
+        "cifar", description="real: the published WebVision/Clothing1M form, labelled rows only, no unlabelled loss"
+    )
+    peers: Literal["sequential", "parallel"] = Field(
+        "parallel", description="train against the updated peer, or against last epoch's"
+    )
+    subset: int | None = Field(
+        None, ge=2, description="class-balanced samples drawn per network and epoch (Clothing1M); none = all"
+    )
+
+
+ViewName = Literal["weak", "strong", "by_noise"]
+
+
+class ScanMixMethod(Section):
+    """Settings of method.name=scanmix, beside those of method.dividemix (algorithms section 3)."""
+
+    lambda_e: float = Field(5.0, ge=0, description="weight of the entropy of the mean prediction")
+    batch_size: int = Field(128, ge=4, description="anchors per step, rank and network in the clustering pass")
+    cluster_every: int | None = Field(
+        1, ge=1, description="epochs between clustering passes; none = never, the paper's ablation"
+    )
+    anchors: int | None = Field(None, ge=2, description="anchors drawn afresh for a clustering pass; none = all images")
+    include_self: bool = Field(True, description="count an image among its own neighbours, as the authors' code")
+    noise_threshold: float = Field(0.6, ge=0, le=1, description="estimated noise rate above which noise is high")
+    lr_low: float = Field(1e-5, gt=0, description="clustering learning rate at low noise")
+    lr_high: float = Field(1e-3, gt=0, description="clustering learning rate at high noise")
+    warmup_view: Literal["weak", "strong"] = Field("strong", description="weak is views.train, strong views.strong")
+    ssl_view: ViewName = Field("by_noise", description="by_noise: strong where the estimated noise is high")
+    cluster_view: ViewName = Field("by_noise", description="by_noise: strong where the estimated noise is high")
+
+
+class MethodSection(Section):
+    """Which method, and the settings of each."""
+
+    name: Literal["cross_entropy", "mixup", "dividemix", "scanmix"] = "dividemix"
+    mixup: MixupMethod = MixupMethod()
+    dividemix: DivideMixMethod = DivideMixMethod()
+    scanmix: ScanMixMethod = ScanMixMethod()
+    mixture: MixtureSection = MixtureSection()
