@@ -26,7 +26,7 @@ import record
 from commands import run_python
 
 from nldist.errors import UserError, main_guard
-from nldist.status import clock
+from nldist.run.status import clock
 
 ABLATION = "scanmix_without_clustering"
 

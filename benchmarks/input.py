@@ -13,7 +13,7 @@ same images `--passes` times and counts everything from the start of its worker 
 
 All share the machine's cores: the main process competes with the workers, as it does in training on a CPU. CPU time
 (of the process and its workers) is recorded too, because a busy machine distorts it less. For all of them the C
-library keeps freed memory, as it does in a run (`nldist.memory`): else most of the time of cropping goes into
+library keeps freed memory, as it does in a run (`nldist.dist.memory`): else most of the time of cropping goes into
 clearing fresh pages.
 """
 
@@ -41,12 +41,12 @@ from torchvision.transforms import Compose, Normalize, RandomCrop, ToTensor
 
 from nldist.data.augment import spatial
 from nldist.data.index import Index
+from nldist.data.make.sources.folder import FolderSource
+from nldist.data.make.writer import WriteOptions, write_split
 from nldist.data.plan import Part, Plan, shuffled
-from nldist.data.sources.folder import FolderSource
 from nldist.data.stream import Stream
 from nldist.data.views import View
-from nldist.data.writer import WriteOptions, write_split
-from nldist.memory import keep_freed_memory
+from nldist.dist.memory import keep_freed_memory
 
 NUM_WORKERS, BATCH_SIZE, CROP = 2, 64, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

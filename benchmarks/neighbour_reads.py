@@ -22,11 +22,11 @@ import record
 from input import make_images
 
 from nldist.data.index import Index
+from nldist.data.make.sources.folder import FolderSource
+from nldist.data.make.writer import WriteOptions, write_split
 from nldist.data.neighbour_plan import neighbours
 from nldist.data.plan import Plan, shuffled
-from nldist.data.sources.folder import FolderSource
 from nldist.data.stream import Stream
-from nldist.data.writer import WriteOptions, write_split
 
 NUM_WORKERS, BATCH_SIZE, WINDOW = 2, 128, 1024
 

@@ -25,7 +25,7 @@ from nldist.config.file import load_config
 from nldist.errors import main_guard
 from nldist.models.build import OWN_BACKBONES
 from nldist.models.resnet_cifar import PreActBlock, ResNetCIFAR
-from nldist.stages import train
+from nldist.train.stages import train
 
 SETTINGS = [
     *("method.name=dividemix", "train.epochs=4", "method.dividemix.warmup_epochs=2"),

@@ -146,7 +146,7 @@ def queue(configs: list[Config], cluster: Cluster, settings: ClusterSettings, op
 
 def chain(config: Config) -> list[str]:
     """The stages of the configured method, the training last."""
-    from nldist.stages import CHAINS, MAIN
+    from nldist.train.stages import CHAINS, MAIN
 
     return [*CHAINS.get(config.method.name, ()), MAIN]
 

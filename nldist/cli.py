@@ -77,13 +77,13 @@ def _train(options: argparse.Namespace) -> int:
     from nldist.config.file import load_config
 
     config = load_config(options.config, options.overrides)
-    from nldist.stages import train
+    from nldist.train.stages import train
 
     return train(config, options.stages.split(",") if options.stages else None)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from nldist.evaluate import evaluate
+    from nldist.train.evaluate import evaluate
 
     result = evaluate(options.run, options.split, options.weights, options.overrides)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -93,7 +93,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _dry_run(options: argparse.Namespace) -> int:
     from nldist.config.file import load_config
-    from nldist.dryrun import dry_run
+    from nldist.train.dry_run import dry_run
 
     for line in dry_run(load_config(options.config, options.overrides), options.world_size):
         print(line, flush=True)
@@ -101,7 +101,7 @@ def _dry_run(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from nldist.status import describe, read_status
+    from nldist.run.status import describe, read_status
 
     for line in describe(read_status(options.run), time.time()):
         print(line)
@@ -109,8 +109,8 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from nldist.compare import compare, table
     from nldist.files import write_text
+    from nldist.report.compare import compare, table
 
     rows = compare(options.runs)
     print(table(options.runs, rows))
@@ -120,7 +120,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _sync(options: argparse.Namespace) -> int:
-    from nldist.track import sync
+    from nldist.track.tracker import sync
 
     sync(options.run)
     return 0

@@ -73,3 +73,8 @@ def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
 def mix(values: Tensor, permutation: Tensor, weight: float, num_rows: int) -> Tensor:
     """Rows weight * v_i + (1 - weight) * v_permutation(i), for the first `num_rows` rows (mixup, equation 1)."""
     return torch.lerp(values[permutation[:num_rows]], values[:num_rows], weight)
+
+
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Labels (b,) as float32 rows (b, C)."""
+    return F.one_hot(labels, num_classes).float()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from nldist.train import Trainer
+from nldist.train.loop import Trainer
 from tests.ranks import CONTEXT, free_port
 
 DIGITS = Path(__file__).parent / "digits.yaml"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nldist.jsonl import to_number
+from nldist.track.jsonl import to_number
 
 # What `mlflow server` serves. The slow import is done once, then every start is a fork.
 SERVER = """

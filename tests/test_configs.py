@@ -12,7 +12,7 @@ from nldist.config.marks import FREE, LATER, deciding, naming
 from nldist.data.views import View
 from nldist.errors import UserError
 from nldist.models.build import model_names
-from nldist.run import RunDirectory
+from nldist.run.directory import RunDirectory
 from tests.conftest import REPOSITORY
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.mixture import GaussianMixture
 
-from nldist import plots
-from nldist.plots import confusion, crossings, curves, loss_histogram
+from nldist.report import plots
+from nldist.report.plots import confusion, crossings, curves, loss_histogram
 
 RNG = np.random.default_rng(0)
 CLEAN = RNG.random(4000) < 0.6

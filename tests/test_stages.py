@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from nldist import report
 from nldist.cli import main
 from nldist.config.file import load_config
 from nldist.dist.world import World
 from nldist.errors import UserError
-from nldist.run import RunDirectory
-from nldist.stages import _is_done, stage_config, stage_directories
-from nldist.train import build_context
+from nldist.run.directory import RunDirectory
+from nldist.train import reporter
+from nldist.train.loop import build_context
+from nldist.train.stages import _is_done, stage_config, stage_directories
 from tests.jobs import DIGITS, output, run_job
 from tests.test_train import assert_same_weights, epoch_records
 
@@ -66,8 +66,8 @@ def test_one_command_runs_all_stages_and_each_leaves_its_product(undisturbed: Pa
 
 def test_a_score_measured_once_is_no_curve(tmp_path: Path) -> None:
     (tmp_path / "plots").mkdir()
-    assert report.score_curve(tmp_path, "purity", [math.nan, 12.5]) is None, "it would replace the curve over k"
-    assert report.score_curve(tmp_path, "purity", [math.nan, 12.5, 13.0]) is not None
+    assert reporter.score_curve(tmp_path, "purity", [math.nan, 12.5]) is None, "it would replace the curve over k"
+    assert reporter.score_curve(tmp_path, "purity", [math.nan, 12.5, 13.0]) is not None
 
 
 def load_labels(run_dir: Path) -> np.ndarray:

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nldist import track
 from nldist.errors import UserError
-from nldist.jsonl import read_lines
-from nldist.mlflow_store import resolve_uri, valid_name
-from nldist.mlflow_sync import Sender
-from nldist.track import NullTracker, Tracker, flatten, sync
+from nldist.track import tracker as track
+from nldist.track.jsonl import read_lines
+from nldist.track.sender import Sender
+from nldist.track.store import resolve_uri, valid_name
+from nldist.track.tracker import NullTracker, Tracker, flatten, sync
 from tests.mlflow_server import Server, client, points_in_lines, points_in_mlflow, records, wait_for
 
 PARAMS = {"method": {"name": "dividemix", "lambda_u": 25.0, "views": [{"crop": 32}]}, "seed": None}
@@ -194,7 +194,7 @@ def test_mlflow_gets_all_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 KILLED = """
 import os, sys, signal, time
 from pathlib import Path
-from nldist.track import Tracker
+from nldist.track.tracker import Tracker
 run_dir, uri = Path(sys.argv[1]), sys.argv[2]
 tracker = Tracker(run_dir, uri=uri, experiment="tests", run_name="k", params={"epochs": 2, "seed": 1})
 print(tracker._sender.pid, flush=True)

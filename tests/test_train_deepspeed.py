@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nldist.evaluate import evaluate
+from nldist.train.evaluate import evaluate
 from tests.jobs import output, run_job
 from tests.test_train import assert_same_weights, epoch_records, weights
 

@@ -67,7 +67,7 @@ def semantic(index: Index, args: argparse.Namespace) -> np.ndarray:
         raise UserError(
             f"--model {SEMANTIC} takes its labels, and so its rate, from a trained --run RUN; give no --rate"
         )
-    from nldist.evaluate import predict
+    from nldist.train.evaluate import predict
 
     return predict(args.run, args.weights, index.root, index.split)
 

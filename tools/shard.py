@@ -15,15 +15,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nldist.data.build import Summary
-from nldist.data.images import Limits
+from nldist.data.make.build import Summary
+from nldist.data.make.images import Limits
+from nldist.data.make.sources import cifar, digits
+from nldist.data.make.sources.base import Source, read_class_names
+from nldist.data.make.sources.csv import CsvSource
+from nldist.data.make.sources.folder import FolderSource
+from nldist.data.make.sources.webdataset import IndexOptions, index_tars
+from nldist.data.make.writer import WriteOptions, write_split
 from nldist.data.manifest import known_classes
-from nldist.data.sources import cifar, digits
-from nldist.data.sources.base import Source, read_class_names
-from nldist.data.sources.csv import CsvSource
-from nldist.data.sources.folder import FolderSource
-from nldist.data.sources.webdataset import IndexOptions, index_tars
-from nldist.data.writer import WriteOptions, write_split
 from nldist.errors import main_guard
 
 

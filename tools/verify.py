@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from nldist.data.verify import verify
+from nldist.data.make.verify import verify
 from nldist.errors import main_guard
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nldist.data.index import Index
-from nldist.data.sources.csv import CsvSource
+from nldist.data.make.sources.csv import CsvSource
 from nldist.errors import UserError
 
 CLEAN = "clean"

@@ -19,7 +19,7 @@ from torch import Tensor
 from nldist.dist.environment import Place
 from nldist.dist.stop import REQUEST, Stop
 from nldist.errors import UserError, known, note_refusal, one_line
-from nldist.memory import keep_freed_memory
+from nldist.dist.memory import keep_freed_memory
 
 T = TypeVar("T")
 

@@ -1,1 +1,1 @@
-"""Jobs on a cluster or on this machine, through submitit: a thin face on `nldist.stages.train`."""
+"""Jobs on a cluster or on this machine, through submitit: a thin face on `nldist.train.stages.train`."""

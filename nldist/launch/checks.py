@@ -6,12 +6,12 @@ from pathlib import Path
 
 from nldist.config import Config
 from nldist.dist.world import World
-from nldist.dryrun import dry_run
 from nldist.errors import UserError
 from nldist.launch.settings import ClusterSettings
-from nldist.run import RunDirectory
-from nldist.stages import stage_directories
-from nldist.train import build_context
+from nldist.run.directory import RunDirectory
+from nldist.train.dry_run import dry_run
+from nldist.train.loop import build_context
+from nldist.train.stages import stage_directories
 
 
 def check(configs: Sequence[Config], settings: ClusterSettings) -> None:

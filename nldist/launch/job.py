@@ -74,6 +74,6 @@ class TrainJob:
         raise SystemExit(code)
 
     def _train(self) -> int:
-        from nldist.stages import train
+        from nldist.train.stages import train
 
         return train(parse_config(self.config, "the job's configuration"), self.stages)

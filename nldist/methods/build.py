@@ -1,11 +1,11 @@
 """The methods, by name."""
 
-from nldist.methods.base import Method
-from nldist.methods.context import Context
 from nldist.methods.cross_entropy import CrossEntropy
 from nldist.methods.dividemix import DivideMix
 from nldist.methods.mixup import Mixup
 from nldist.methods.scanmix import ScanMix
+from nldist.passes.context import Context
+from nldist.passes.method import Method
 
 METHODS: dict[str, type[Method]] = {
     "cross_entropy": CrossEntropy,

@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nldist.dist.engine import Engine
-from nldist.methods.base import Method, Pass, Phase, SupervisedPass
+from nldist.passes.base import Pass
+from nldist.passes.method import Method, Phase
+from nldist.passes.supervised import SupervisedPass
 
 
 class CrossEntropy(Method):

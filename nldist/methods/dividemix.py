@@ -20,13 +20,16 @@ from nldist.losses import (
     class_mean_squared_error,
     mix,
     negative_entropy,
+    one_hot,
     prior_penalty,
     sharpen,
     soft_cross_entropy,
 )
-from nldist.methods.base import Batches, EnginePass, Method, Metrics, Pass, Phase, Split, SupervisedPass, one_hot
-from nldist.methods.context import Context
 from nldist.methods.cross_entropy import cross_entropy
+from nldist.passes.base import Batches, EnginePass, Metrics, Pass, Split
+from nldist.passes.context import Context
+from nldist.passes.method import Method, Phase
+from nldist.passes.supervised import SupervisedPass
 
 log = logging.getLogger(__name__)
 

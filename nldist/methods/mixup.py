@@ -5,8 +5,10 @@ import torch
 from torch import Tensor
 
 from nldist.dist.engine import Engine
-from nldist.losses import mix, soft_cross_entropy
-from nldist.methods.base import Method, Pass, Phase, SupervisedPass, one_hot
+from nldist.losses import mix, one_hot, soft_cross_entropy
+from nldist.passes.base import Pass
+from nldist.passes.method import Method, Phase
+from nldist.passes.supervised import SupervisedPass
 
 
 class Mixup(Method):

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from nldist.data.views import View
 from nldist.dist.checkpoint import load_file
 from nldist.dist.engine import Engine
-from nldist.methods.base import Metrics, Pass, SupervisedPass
-from nldist.methods.context import Context
 from nldist.methods.dividemix import DivideMix
 from nldist.models.two_heads import TwoHeads
+from nldist.passes.base import Metrics, Pass
+from nldist.passes.context import Context
+from nldist.passes.supervised import SupervisedPass
 from nldist.pretext.scan import NeighbourPass
 
 log = logging.getLogger(__name__)

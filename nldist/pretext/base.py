@@ -9,8 +9,9 @@ from nldist.config import PretextSection
 from nldist.data.plan import Plan
 from nldist.data.stream import Batch
 from nldist.dist.engine import Engine
-from nldist.methods.base import EnginePass, Method, Pass, Phase
 from nldist.models import Classifier
+from nldist.passes.base import EnginePass, Pass
+from nldist.passes.method import Method, Phase
 from nldist.pretext.knn import knn_passes
 from nldist.pretext.projection import PretextModel
 

@@ -15,8 +15,8 @@ from nldist.config import PretextSection
 from nldist.data.plan import Plan
 from nldist.errors import UserError
 from nldist.estimate.neighbours import ShardedIndex
-from nldist.methods.base import Batches, Metrics, Pass
-from nldist.methods.context import Context
+from nldist.passes.base import Batches, Metrics, Pass
+from nldist.passes.context import Context
 
 _TEMPERATURE = 0.07
 _SEED = 11  # of the choice of training images, beside the run's

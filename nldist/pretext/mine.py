@@ -11,9 +11,10 @@ from nldist.dist.checkpoint import load_file
 from nldist.dist.engine import Engine
 from nldist.estimate.graph import GraphFile, neighbours_of, normalise, open_graph, purity
 from nldist.estimate.neighbours import ShardedIndex
-from nldist.methods.base import Batches, Curves, Method, Metrics, Pass, Phase
-from nldist.methods.context import Context
 from nldist.models import Classifier
+from nldist.passes.base import Batches, Curves, Metrics, Pass
+from nldist.passes.context import Context
+from nldist.passes.method import Method, Phase
 from nldist.pretext.projection import PretextModel
 
 GRAPH_FILE = "neighbours.npy"

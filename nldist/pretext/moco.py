@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nldist.dist.engine import average_buffers
+from nldist.dist.rows import Exchange, gather_rows, global_mean, row_counts
 from nldist.errors import UserError
-from nldist.methods.base import Batches, Metrics, Pass
-from nldist.methods.context import Context
+from nldist.passes.base import Batches, Metrics, Pass
+from nldist.passes.context import Context
 from nldist.pretext.base import Pretext, PretextPass
-from nldist.pretext.gather import Exchange, gather_rows, global_mean, row_counts
 
 _QUEUE_SEED, _EXCHANGE = 7, 2  # beside the network's seed, and the purposes of the two views
 

@@ -15,13 +15,15 @@ from nldist.data.stream import Batch
 from nldist.data.views import View
 from nldist.dist.checkpoint import load_file
 from nldist.dist.engine import Engine
+from nldist.dist.rows import global_mean, row_counts
 from nldist.errors import UserError
 from nldist.losses import agreement, mean_negative_entropy
-from nldist.methods.base import Batches, EnginePass, EvaluationPass, Method, Metrics, Pass, Phase
-from nldist.methods.context import Context
 from nldist.models import Classifier
 from nldist.models.two_heads import ClusterHeads
-from nldist.pretext.gather import global_mean, row_counts
+from nldist.passes.base import Batches, EnginePass, Metrics, Pass
+from nldist.passes.context import Context
+from nldist.passes.evaluate import EvaluationPass
+from nldist.passes.method import Method, Phase
 from nldist.pretext.mine import GRAPH_FILE
 
 _PURPOSE = 64  # of plans and views; two per network

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nldist.dist.rows import first_row, gather_rows, global_mean, row_counts
 from nldist.dist.world import World
-from nldist.methods.base import Batches, Pass
+from nldist.passes.base import Batches, Pass
 from nldist.pretext.base import Pretext, PretextPass
-from nldist.pretext.gather import first_row, gather_rows, global_mean, row_counts
 
 
 class SimCLR(Pretext):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
-from nldist.data.images import BadImageError, Encoded, Limits, decoded_size, normalise
+from nldist.data.make.images import BadImageError, Encoded, Limits, decoded_size, normalise
 
 LIMITS = Limits()
 

@@ -18,13 +18,13 @@ import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from nldist.data.sources.cifar import CifarSource
-from nldist.data.sources.csv import CsvSource
-from nldist.data.sources.digits import DigitsSource
-from nldist.data.sources.folder import FolderSource
-from nldist.data.sources.webdataset import IndexOptions, index_tars
-from nldist.data.verify import verify
-from nldist.data.writer import WriteOptions, write_split
+from nldist.data.make.sources.cifar import CifarSource
+from nldist.data.make.sources.csv import CsvSource
+from nldist.data.make.sources.digits import DigitsSource
+from nldist.data.make.sources.folder import FolderSource
+from nldist.data.make.sources.webdataset import IndexOptions, index_tars
+from nldist.data.make.verify import verify
+from nldist.data.make.writer import WriteOptions, write_split
 from nldist.errors import UserError
 from tests.data.conftest import CLASSES
 from tests.data.test_writer import run_tool, shard, stock_samples

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from nldist.data.verify import verify
+from nldist.data.make.verify import verify
 from nldist.errors import UserError
 from tests.data.test_writer import shard
 

@@ -16,9 +16,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from nldist.data.build import Summary
-from nldist.data.sources.folder import FolderSource
-from nldist.data.writer import WriteOptions, write_split
+from nldist.data.make.build import Summary
+from nldist.data.make.sources.folder import FolderSource
+from nldist.data.make.writer import WriteOptions, write_split
 from nldist.errors import UserError
 from tests.data.conftest import CLASSES, write_folder
 

@@ -231,7 +231,7 @@ def test_a_job_that_the_release_before_queued_is_understood(digits: Path, monkey
         ran.append(arguments)
         return 0
 
-    monkeypatch.setattr("nldist.stages.train", train)
+    monkeypatch.setattr("nldist.train.stages.train", train)
     assert job() == 0
     assert ran == [(config, ["mine"])]
 

@@ -11,9 +11,10 @@ from nldist.config.file import load_config
 from nldist.data.plan import Plan
 from nldist.data.stream import Batch, Stream
 from nldist.dist.world import World
-from nldist.methods.base import EvaluationPass, Pass
 from nldist.methods.dividemix import DivideMix, DividePass, SweepPass
-from nldist.train import build_context
+from nldist.passes.base import Pass
+from nldist.passes.evaluate import EvaluationPass
+from nldist.train.loop import build_context
 from tests.conftest import REPOSITORY
 from tests.ranks import run_ranks
 

@@ -17,7 +17,7 @@ from nldist.data.stream import Batch
 from nldist.dist.world import World
 from nldist.methods.dividemix import DivideMix, DividePass
 from nldist.models import Classifier, build_model
-from nldist.train import build_context
+from nldist.train.loop import build_context
 from tests.conftest import REPOSITORY
 from tests.ranks import run_ranks
 

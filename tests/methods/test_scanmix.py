@@ -11,14 +11,14 @@ from nldist.config.file import load_config
 from nldist.data.stream import Batch, Stream
 from nldist.dist.world import World
 from nldist.errors import UserError
-from nldist.methods.base import Pass
 from nldist.methods.scanmix import ScanMix
 from nldist.models import Classifier, build_model
 from nldist.models.two_heads import TwoHeads
+from nldist.passes.base import Pass
 from nldist.pretext.mine import GRAPH_FILE
 from nldist.pretext.scan import Scan, ValidationPass, whole_pairs
-from nldist.stages import stage_config
-from nldist.train import build_context
+from nldist.train.loop import build_context
+from nldist.train.stages import stage_config
 from tests.conftest import REPOSITORY
 from tests.ranks import run_ranks
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from nldist.config import Config
 from nldist.config.file import load_config
-from nldist.stages import stage_config
+from nldist.train.stages import stage_config
 from tests.jobs import DIGITS
 
 _VIEW = "[{op: affine, degrees: 20, translate: [0.15, 0.15], scale: [0.8, 1.2], shear: 15, interpolation: bilinear}]"

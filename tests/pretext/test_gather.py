@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from nldist.dist.rows import Exchange, gather_rows, global_mean, row_counts
 from nldist.dist.world import World
-from nldist.pretext.gather import Exchange, gather_rows, global_mean, row_counts
 from tests.ranks import run_ranks
 
 COUNTS: dict[int, list[tuple[int, ...]]] = {

@@ -8,10 +8,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from nldist.dist.world import World
-from nldist.methods.base import Pass
-from nldist.methods.context import Context
+from nldist.passes.base import Pass
+from nldist.passes.context import Context
 from nldist.pretext.knn import knn_passes, vote
-from nldist.train import build_context
+from nldist.train.loop import build_context
 from tests.pretext.make import stage
 from tests.ranks import run_ranks
 

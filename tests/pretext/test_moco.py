@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nldist.dist.rows import Exchange, global_mean
 from nldist.dist.world import World
 from nldist.errors import UserError
-from nldist.pretext.gather import Exchange, global_mean
 from nldist.pretext.moco import MoCo, MoCoPass, moco_loss
-from nldist.train import build_context
+from nldist.train.loop import build_context
 from tests.pretext.make import stage
 from tests.pretext.test_gather import part
 from tests.pretext.test_simclr import COUNTS, inputs, project

@@ -9,7 +9,7 @@ from nldist.dist.world import World
 from nldist.pretext.base import Pretext
 from nldist.pretext.moco import MoCo
 from nldist.pretext.simclr import SimCLR
-from nldist.train import build_context
+from nldist.train.loop import build_context
 from tests.jobs import output, run_job
 from tests.pretext.make import SETTINGS, stage
 from tests.pretext.test_knn import run

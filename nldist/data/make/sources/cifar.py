@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from nldist.data.sources.base import Listing
+from nldist.data.make.sources.base import Listing
 from nldist.errors import UserError
 
 SPLITS = ("train", "test")

@@ -8,16 +8,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from nldist import plots
 from nldist.config import Config
 from nldist.data.index import Index
 from nldist.dist.table import SampleTable
 from nldist.dist.world import World
 from nldist.files import write_text
-from nldist.methods.base import EvaluationPass
-from nldist.methods.context import Context
-from nldist.progress import Watch
-from nldist.run import RunDirectory, ensemble
+from nldist.passes.context import Context
+from nldist.passes.evaluate import EvaluationPass
+from nldist.report import plots
+from nldist.run.directory import RunDirectory, ensemble
+from nldist.train.meter import Watch
 
 
 def evaluate(

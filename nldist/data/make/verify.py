@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from nldist.data.build import RECORD, Record
-from nldist.data.images import BadImageError, Limits, decoded_size
+from nldist.data.make.build import RECORD, Record
+from nldist.data.make.images import BadImageError, Limits, decoded_size
+from nldist.data.make.parallel import run_jobs
+from nldist.data.make.tars import IMAGE_EXTENSIONS, DamagedTarError, Member, TarReader
 from nldist.data.manifest import read_dataset
-from nldist.data.parallel import run_jobs
-from nldist.data.tars import IMAGE_EXTENSIONS, DamagedTarError, Member, TarReader
 
 INDEX_SCHEMA = {"id": pa.int64(), "shard": pa.int32(), **{field.name: field.type for field in RECORD}}
 LABEL_SCHEMA = {"id": pa.int64(), "label": pa.int32()}

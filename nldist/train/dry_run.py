@@ -10,12 +10,12 @@ from nldist.data.plan import sweep
 from nldist.data.stream import Batch
 from nldist.dist.deepspeed_settings import read_own_settings
 from nldist.dist.world import World
-from nldist.methods.base import Method, Phase
 from nldist.methods.build import build_method
-from nldist.methods.context import Context
-from nldist.run import RunDirectory
-from nldist.stages import MAIN, STAGES, stage_config, stage_directories
-from nldist.train import build_context, check_size
+from nldist.passes.context import Context
+from nldist.passes.method import Method, Phase
+from nldist.run.directory import RunDirectory
+from nldist.train.loop import build_context, check_size
+from nldist.train.stages import MAIN, STAGES, stage_config, stage_directories
 
 _STEPS_AHEAD = 4  # batches of one worker that are made, waiting or in use
 _PROBE = 4  # images in the forward and backward pass that measures activations

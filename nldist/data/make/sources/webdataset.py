@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from nldist.data.build import Build, Record, Rejected, ShardFacts, Summary
-from nldist.data.images import BadImageError, Limits, decoded_size
+from nldist.data.make.build import Build, Record, Rejected, ShardFacts, Summary
+from nldist.data.make.images import BadImageError, Limits, decoded_size
+from nldist.data.make.parallel import run_jobs
+from nldist.data.make.tars import IMAGE_EXTENSIONS, DamagedTarError, Member, TarReader
 from nldist.data.manifest import known_classes
-from nldist.data.parallel import run_jobs
-from nldist.data.tars import IMAGE_EXTENSIONS, DamagedTarError, Member, TarReader
 from nldist.errors import UserError
 
 

@@ -17,7 +17,7 @@ from nldist.dist.checkpoint import load_file, save_file
 from nldist.errors import UserError
 from nldist.files import write_text
 from nldist.models import Classifier, build_model, check_revision
-from nldist.status import SUMMARY_FILE, read_summary
+from nldist.run.status import SUMMARY_FILE, read_summary
 
 
 class RunDirectory:

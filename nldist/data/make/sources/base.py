@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 import pyarrow as pa
 
-from nldist.data.images import BadImageError
+from nldist.data.make.images import BadImageError
 from nldist.errors import UserError
 
 

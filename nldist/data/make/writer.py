@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from nldist.data.build import Build, Record, Rejected, ShardFacts, Summary
-from nldist.data.images import BadImageError, Encoded, Limits, normalise
+from nldist.data.make.build import Build, Record, Rejected, ShardFacts, Summary
+from nldist.data.make.images import BadImageError, Encoded, Limits, normalise
+from nldist.data.make.parallel import run_jobs
+from nldist.data.make.sources.base import Listing, Source
 from nldist.data.manifest import replacing
-from nldist.data.parallel import run_jobs
-from nldist.data.sources.base import Listing, Source
 from nldist.errors import UserError
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from nldist.data.sources.base import Listing
+from nldist.data.make.sources.base import Listing
 
 SPLITS = ("train", "test")
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import pyarrow as pa
 
-from nldist.data.sources.base import Listing, read_file
+from nldist.data.make.sources.base import Listing, read_file
 from nldist.errors import UserError
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nldist import plots
-from nldist.methods.base import Curves, Split
-from nldist.methods.context import Context
-from nldist.status import clock
+from nldist.passes.base import Curves, Split
+from nldist.passes.context import Context
+from nldist.report import plots
+from nldist.run.status import clock
 
 LAST_EPOCHS = 10  # "last" of the field's tables: the mean of these (algorithms 0.3)
 _QUALITY = ("split_auc", "split_precision", "split_recall", "labelled_share")

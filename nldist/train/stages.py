@@ -20,17 +20,17 @@ from nldist.dist.environment import num_restarts
 from nldist.dist.stop import REQUEST
 from nldist.dist.world import World
 from nldist.errors import UserError
-from nldist.methods.base import Method
-from nldist.methods.context import Context
 from nldist.models import model_revision
 from nldist.models.pretrained import weights_digest
+from nldist.passes.context import Context
+from nldist.passes.method import Method
 from nldist.pretext.mine import Mine
 from nldist.pretext.moco import MoCo
 from nldist.pretext.scan import Scan
 from nldist.pretext.simclr import SimCLR
-from nldist.run import RunDirectory
-from nldist.status import StatusFile
-from nldist.train import Trainer, build_context, fingerprint_of
+from nldist.run.directory import RunDirectory
+from nldist.run.status import StatusFile
+from nldist.train.loop import Trainer, build_context, fingerprint_of
 
 MAIN = "train"
 _DYING_SECONDS = 300

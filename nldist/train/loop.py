@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nldist import __version__, report
+from nldist import __version__
 from nldist.config import Config
 from nldist.data.index import Index
 from nldist.data.stream import Stream
@@ -20,14 +20,16 @@ from nldist.dist.stop import REQUEST, Stop
 from nldist.dist.table import SampleTable
 from nldist.dist.world import World
 from nldist.errors import UserError
-from nldist.methods.base import Method, Pass, Phase
 from nldist.methods.build import build_method
-from nldist.methods.context import Context
 from nldist.models import model_revision
-from nldist.progress import Meter, Watch, peak_memory_gib
-from nldist.run import RunDirectory
-from nldist.status import StatusFile
-from nldist.track import NullTracker, Status, Tracker
+from nldist.passes.base import Pass
+from nldist.passes.context import Context
+from nldist.passes.method import Method, Phase
+from nldist.run.directory import RunDirectory
+from nldist.run.status import StatusFile
+from nldist.track.tracker import NullTracker, Status, Tracker
+from nldist.train import reporter
+from nldist.train.meter import Meter, Watch, peak_memory_gib
 
 _STEPS_BETWEEN_STOP_CHECKS = 8
 _END_SECONDS, _STOP_SECONDS = 60, 3  # that MLflow gets at the end
@@ -254,10 +256,10 @@ class Trainer:
         self.record["epoch"] |= task.finish()
         self.meter, self._stream, self._bad_before = Meter(), None, 0
         for name, curves in task.curves().items():
-            self._plot(report.curves(self.run.path, name, curves) if self.world.is_main else None)
+            self._plot(reporter.curves(self.run.path, name, curves) if self.world.is_main else None)
         if (self.position.epoch + 1) % self.config.track.histogram_every == 0:
             for name, split in task.splits().items():
-                self._plot(report.loss_histogram(self.run.path, self.context, self.position.epoch, name, split))
+                self._plot(reporter.loss_histogram(self.run.path, self.context, self.position.epoch, name, split))
 
     def _report_step(self, task: Pass, stream: Stream, watch: Watch, num_done: int) -> None:
         if not self.world.is_main:
@@ -281,10 +283,10 @@ class Trainer:
         score = float(metrics.get(self.method.score, math.nan))
         self.record["scores"].append(score)
         self.record["epoch"] = {}
-        self.record["quality"] = report.split_means(metrics)
+        self.record["quality"] = reporter.split_means(metrics)
         self.tracker.log(metrics, epoch=epoch + 1, step=epoch + 1, kind="epoch")
         left = seconds * (self.num_epochs - epoch - 1)
-        self._say(report.epoch_line(self._title(epoch), self.method.score, metrics, self.record, seconds, left))
+        self._say(reporter.epoch_line(self._title(epoch), self.method.score, metrics, self.record, seconds, left))
         self.status.update(
             place=f"{self._title(epoch)} {phase.name}",
             stage=self.stage,
@@ -350,17 +352,17 @@ class Trainer:
 
     def _end(self) -> None:
         """Leave what a person or a script reads: plots, the samples' table, and at last the summary."""
-        samples = report.sample_columns(self.context, len(self.method.engines))
+        samples = reporter.sample_columns(self.context, len(self.method.engines))
         if not self.world.is_main:
             return
         if samples:
-            report.write_samples(self.run.path / "tables" / "samples.parquet", self.context, samples)
+            reporter.write_samples(self.run.path / "tables" / "samples.parquet", self.context, samples)
         score = self.method.score
-        self._plot(report.score_curve(self.run.path, score, self.record["scores"]))
-        summary = report.summary(self.stage, score, self.context, self.record)
+        self._plot(reporter.score_curve(self.run.path, score, self.record["scores"]))
+        summary = reporter.summary(self.stage, score, self.context, self.record)
         self.run.write_summary(summary)
         self.tracker.artifact(self.run.path / "summary.json")
-        self._say(report.closing_line(self.run.path, summary))
+        self._say(reporter.closing_line(self.run.path, summary))
         if self.tracker.open_command:
             self._say(f"MLflow: {self.tracker.open_command}")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nldist.dist.world import World
-from nldist.status import clock
+from nldist.run.status import clock
 
 
 class Meter:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from nldist.errors import UserError
-from nldist.status import read_summary
+from nldist.run.status import read_summary
 
 
 def compare(run_dirs: list[Path]) -> list[dict[str, Any]]:

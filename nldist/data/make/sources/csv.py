@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from nldist.data.sources.base import Listing, read_file
+from nldist.data.make.sources.base import Listing, read_file
 from nldist.errors import UserError
 
 

@@ -1,4 +1,4 @@
-"""The process beside a run that sends its records to MLflow (`python -m nldist.mlflow_sync RUN`).
+"""The process beside a run that sends its records to MLflow (`python -m nldist.track.sender RUN`).
 
 It is a process, not a thread of the run: importing mlflow takes seconds of the interpreter lock and loads
 pandas and pyarrow, a data worker forked meanwhile inherits a locked import, and a hanging request can be
@@ -26,8 +26,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nldist.jsonl import JsonLines, read_lines, to_number
-from nldist.mlflow_store import artifact_root, connect, masked, valid_name
+from nldist.track.jsonl import JsonLines, read_lines, to_number
+from nldist.track.store import artifact_root, connect, masked, valid_name
 
 METRICS_FILE = "metrics.jsonl"
 SYSTEM_FILE = "system.jsonl"

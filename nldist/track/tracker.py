@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nldist.errors import UserError
-from nldist.jsonl import JsonLines, read_lines, to_json
-from nldist.mlflow_store import masked, resolve_uri
-from nldist.mlflow_sync import METRICS_FILE, OUTBOX_FILE, State
+from nldist.track.jsonl import JsonLines, read_lines, to_json
+from nldist.track.sender import METRICS_FILE, OUTBOX_FILE, State
+from nldist.track.store import masked, resolve_uri
 
 logger = logging.getLogger(__name__)
 
@@ -189,9 +189,9 @@ def sync(run_dir: Path) -> None:
 
 
 def start_sender(run_dir: Path, *options: str, stderr: int | None = None) -> subprocess.Popen[bytes]:
-    """Start `nldist.mlflow_sync` for a run: it ends when told "end" on stdin, or with this process."""
+    """Start `nldist.track.sender` for a run: it ends when told "end" on stdin, or with this process."""
     return subprocess.Popen(
-        [sys.executable, "-m", "nldist.mlflow_sync", str(run_dir), *options],
+        [sys.executable, "-m", "nldist.track.sender", str(run_dir), *options],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=stderr,

@@ -1,0 +1,1 @@
+"""What people look at, from run directories alone."""
