@@ -56,7 +56,7 @@ def main_guard(main: Callable[P, int | None]) -> Callable[P, int]:
             if not isinstance(error, UserError):
                 raise
             note_refusal()
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+            if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
                 print(f"error: {error}", file=sys.stderr)
             return EXIT_REFUSED
         except KeyboardInterrupt:

@@ -5,6 +5,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from nldist.cli.noise import main
 from nldist.data.index import Index
 from nldist.data.labels import (
     asymmetric,
@@ -16,7 +17,6 @@ from nldist.data.labels import (
 )
 from nldist.errors import UserError
 from tests.data.make import make_dataset, write_facts, write_index
-from tools.noise import main
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CIFAR10N = Path(__file__).parents[3] / "shared" / "data" / "cifar10" / "cifar10n_labels.csv"

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launcher.submit import main
+from nldist.cli.submit import main
 from nldist.config.file import load_config
 from nldist.errors import UserError
 from nldist.launch.checks import check

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.submit import main
+from nldist.cli.submit import main
 from tests.commands import Command, Done
 from tests.conftest import REPOSITORY, run_tool
 from tests.jobs import run_job

@@ -1,0 +1,115 @@
+"""Add a label set to a data set: a noise model's labels, or labels from a table. Images are never rewritten.
+
+nldist noise DATASET --model symmetric --rate 0.5 --seed 1 --name sym50
+nldist noise DATASET --model semantic --run runs/weak --name semantic
+nldist noise DATASET --csv cifar10n_labels.csv --label-column worst --name worst
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from nldist.cli.options import Parser
+from nldist.data.index import Index
+from nldist.data.labels import (
+    CLEAN,
+    NOISE_MODELS,
+    label_set_path,
+    labels_from_csv,
+    transition_table,
+    write_label_set,
+)
+from nldist.errors import UserError, main_guard
+
+SEMANTIC = "semantic"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = Parser(prog="nldist noise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="directory of a sharded data set")
+    parser.add_argument("--name", required=True, help="of the new label set")
+    parser.add_argument("--split", default="train")
+    origin = parser.add_mutually_exclusive_group(required=True)
+    origin.add_argument("--model", help=f"noise model: {', '.join([*NOISE_MODELS, SEMANTIC])}")
+    origin.add_argument("--csv", help="table with a header, a path and a label (class name or id) per row")
+    parser.add_argument("--rate", type=float, help="with --model: share of the samples to select, in [0, 1]")
+    parser.add_argument("--run", type=Path, help="with --model semantic: run directory of the classifier")
+    parser.add_argument("--weights", choices=("last", "best"), default="last", help="with --run (default last)")
+    parser.add_argument("--seed", type=int, default=0, help="with --model (default 0)")
+    parser.add_argument("--path-column", default="path", help="with --csv (default: path)")
+    parser.add_argument("--label-column", default="label", help="with --csv (default: label)")
+    return parser.parse_args(argv)
+
+
+def from_model(index: Index, args: argparse.Namespace) -> np.ndarray:
+    """Labels that a noise model makes from the clean ones, or from the given ones where none are known."""
+    if args.name == CLEAN:
+        raise UserError(f"the label set {CLEAN!r} holds the true labels: choose another name")
+    if args.model == SEMANTIC:
+        return semantic(index, args)
+    if args.model not in NOISE_MODELS:
+        raise UserError(f"unknown noise model {args.model!r}; there are {', '.join([*NOISE_MODELS, SEMANTIC])}")
+    if args.run is not None:
+        raise UserError(f"--run is for --model {SEMANTIC}, not for {args.model}")
+    if args.rate is None or not 0 <= args.rate <= 1:
+        raise UserError(f"--model needs a --rate in [0, 1], not {args.rate}")
+    if args.seed < 0:
+        raise UserError(f"--seed must not be negative, not {args.seed}")
+    clean = index.labels(CLEAN if CLEAN in index.label_sets() else None)
+    return NOISE_MODELS[args.model](clean, index.classes, args.rate, args.seed)
+
+
+def semantic(index: Index, args: argparse.Namespace) -> np.ndarray:
+    """Labels that a weak trained classifier predicts: wrong where images mislead (ScanMix, table 2; algorithms 0.2)."""
+    if args.run is None or args.rate is not None:
+        raise UserError(
+            f"--model {SEMANTIC} takes its labels, and so its rate, from a trained --run RUN; give no --rate"
+        )
+    from nldist.train.evaluate import predict
+
+    return predict(args.run, args.weights, index.root, index.split)
+
+
+def from_csv(index: Index, args: argparse.Namespace) -> np.ndarray:
+    """Labels that a table gives."""
+    labels, num_ignored = labels_from_csv(index, args.csv, args.path_column, args.label_column)
+    if num_ignored:
+        print(f"{num_ignored} rows of {args.csv} are about images that the data set does not have: ignored")
+    return labels
+
+
+def record_clean(index: Index) -> None:
+    """Make the given labels the label set `clean` unless there is one."""
+    if CLEAN not in index.label_sets():
+        write_label_set(index.root, index.split, CLEAN, index.labels())
+        print(f"the given labels were taken as the true ones and are now the label set {CLEAN!r}")
+
+
+def report(index: Index, name: str, labels: np.ndarray) -> None:
+    """Print how the labels differ from the clean ones; from the given ones where no clean ones are known."""
+    if name == CLEAN:
+        what, reference, noisy = ("given labels", "these"), labels, index.labels()
+    elif CLEAN in index.label_sets():
+        what, reference, noisy = ("labels", "the clean ones"), index.labels(CLEAN), labels
+    else:
+        what, reference, noisy = ("labels", "the given ones"), index.labels(), labels
+    num_changed = int(np.count_nonzero(reference != noisy))
+    share = 100 * num_changed / max(len(labels), 1)
+    print(f"{name}: {num_changed} of {len(labels)} {what[0]} ({share:.2f} %) differ from {what[1]}")
+    print(transition_table(reference, noisy, index.classes))
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> None:
+    """Make the labels, write them and say what they are like."""
+    args = parse(argv)
+    label_set_path(args.dataset, args.split, args.name)
+    index = Index.open(args.dataset, args.split)
+    labels = from_model(index, args) if args.model else from_csv(index, args)
+    path = write_label_set(index.root, args.split, args.name, labels)
+    if args.model:
+        record_clean(index)
+    report(index, args.name, labels)
+    print(f"written to {path}")

@@ -1,0 +1,178 @@
+"""Turn raw images into a data set of WebDataset shards, or index shards that somebody else wrote.
+
+Examples:
+    nldist shard folder raw/train data/birds --split train --resize 256
+    nldist shard csv raw/noisy.csv data/shop --split train --root raw --path-column file
+    nldist shard cifar raw/cifar-10-batches-py data/cifar10
+    nldist shard digits data/digits
+    nldist shard webdataset 'elsewhere/train-{000..099}.tar' data/theirs --split train
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from nldist.cli.options import Parser
+from nldist.data.make.build import Summary
+from nldist.data.make.images import Limits
+from nldist.data.make.sources import cifar, digits
+from nldist.data.make.sources.base import Source, read_class_names
+from nldist.data.make.sources.csv import CsvSource
+from nldist.data.make.sources.folder import FolderSource
+from nldist.data.make.sources.webdataset import IndexOptions, index_tars
+from nldist.data.make.writer import WriteOptions, write_split
+from nldist.data.manifest import known_classes
+from nldist.errors import main_guard
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and write the splits; 0 if all went well, 2 if the user must act."""
+    arguments = _parser().parse_args(argv)
+    for split, run in _runs(arguments):
+        start = time.perf_counter()
+        summary = run()
+        print(_report(arguments.out / split, summary, time.perf_counter() - start))
+    return 0
+
+
+def _runs(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], Summary]]]:
+    """The splits to write, each with the call that writes it."""
+    if arguments.layout == "webdataset":
+        options = _index_options(arguments)
+        return [(arguments.split, lambda: index_tars(arguments.tars, arguments.out, arguments.split, options))]
+    sources: dict[str, Source]
+    if arguments.layout == "cifar":
+        sources = {split: cifar.CifarSource(arguments.directory, split) for split in cifar.SPLITS}
+    elif arguments.layout == "digits":
+        sources = {split: digits.DigitsSource(split) for split in digits.SPLITS}
+    elif arguments.layout == "csv":
+        sources = {arguments.split: _csv_source(arguments)}
+    else:
+        sources = {arguments.split: FolderSource(arguments.source)}
+    return [(split, _writing(source, split, arguments)) for split, source in sources.items()]
+
+
+def _writing(source: Source, split: str, arguments: argparse.Namespace) -> Callable[[], Summary]:
+    options = WriteOptions(
+        shard_size=arguments.shard_size,
+        seed=arguments.seed,
+        resize=arguments.resize,
+        limits=Limits(arguments.max_pixels, arguments.max_bytes),
+        on_bad=arguments.on_bad,
+        num_workers=arguments.workers,
+        name=arguments.name,
+    )
+    return lambda: write_split(source, arguments.out, split, options)
+
+
+def _index_options(arguments: argparse.Namespace) -> IndexOptions:
+    return IndexOptions(
+        label_key=arguments.label_key,
+        classes=None if arguments.classes is None else tuple(read_class_names(arguments.classes)),
+        limits=Limits(arguments.max_pixels, arguments.max_bytes),
+        on_bad=arguments.on_bad,
+        num_workers=arguments.workers,
+        name=arguments.name,
+    )
+
+
+def _csv_source(arguments: argparse.Namespace) -> CsvSource:
+    known = known_classes(arguments.out, arguments.split)
+    classes = read_class_names(arguments.classes) if arguments.classes else known
+    return CsvSource(
+        file=arguments.file,
+        root=arguments.root or arguments.file.parent,
+        path_column=arguments.path_column,
+        label_column=arguments.label_column,
+        classes=None if classes is None else tuple(classes),
+    )
+
+
+def _report(place: Path, summary: Summary, seconds: float) -> str:
+    if summary.was_complete:
+        return f"{place}: already complete, {summary.num_samples:,} images in {summary.num_shards:,} shards"
+    lines = [
+        f"{place}: {summary.num_samples:,} images in {summary.num_shards:,} shards, "
+        f"{len(summary.rejected):,} left out, {seconds:.1f} s"
+    ]
+    lines += [f"  left out: {entry.path}: {entry.reason}" for entry in summary.rejected[:5]]
+    return "\n".join(lines)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="nldist shard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layouts = parser.add_subparsers(dest="layout", required=True, metavar="LAYOUT")
+    writing, general = _writing_options(), _general_options()
+    split = Parser(add_help=False)
+    split.add_argument("--split", required=True, help="name of the split, such as train or test")
+    classes = Parser(add_help=False)
+    classes.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line, in label order")
+
+    folder = layouts.add_parser(
+        "folder", parents=[split, writing, general], help="one sub-directory of images per class"
+    )
+    folder.add_argument("source", type=Path)
+    table = layouts.add_parser(
+        "csv", parents=[split, classes, writing, general], help="a table with a path and a label per row"
+    )
+    table.add_argument("file", type=Path)
+    table.add_argument("--root", type=Path, help="what the paths are relative to (default: the table's directory)")
+    table.add_argument("--path-column", default="path")
+    table.add_argument("--label-column", default="label", help="class names, or class indices from 0")
+    batches = layouts.add_parser(
+        "cifar", parents=[writing, general], help="CIFAR-10 or CIFAR-100 (fine labels), Python distribution"
+    )
+    batches.add_argument("directory", type=Path)
+    layouts.add_parser("digits", parents=[writing, general], help="scikit-learn's 1,797 digits of 8x8 pixels")
+    tars = layouts.add_parser(
+        "webdataset",
+        parents=[split, classes, general],
+        help="tars somebody else wrote, indexed where they are",
+    )
+    tars.add_argument("tars", help="a quoted glob or a URL, brace ranges allowed")
+    tars.add_argument("--label-key", metavar="KEY", help="take labels from this entry of KEY.json, not from KEY.cls")
+    for layout in layouts.choices.values():
+        layout.add_argument("out", type=Path, help="the data set's directory; its other splits are kept")
+    return parser
+
+
+def _writing_options() -> Parser:
+    options = Parser(add_help=False)
+    options.add_argument("--shard-size", type=int, default=2000, metavar="N", help="images per shard (%(default)s)")
+    options.add_argument("--seed", type=int, default=0, help="seed of the images' random order (%(default)s)")
+    options.add_argument(
+        "--resize",
+        type=int,
+        metavar="PIXELS",
+        help="shrink images whose short side is longer to this short side; smaller images are left alone",
+    )
+    return options
+
+
+def _general_options() -> Parser:
+    limits = Limits()
+    options = Parser(add_help=False)
+    options.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes; 0: only this one (%(default)s)"
+    )
+    options.add_argument("--name", help="the data set's name (default: as it is, or its directory's name)")
+    options.add_argument(
+        "--on-bad",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="with bad images: refuse to make the split, or leave them out (%(default)s)",
+    )
+    options.add_argument(
+        "--max-pixels", type=int, default=limits.max_pixels, metavar="N", help="more are bad (%(default)s)"
+    )
+    options.add_argument(
+        "--max-bytes",
+        type=int,
+        default=limits.max_bytes,
+        metavar="N",
+        help="files above are bad (%(default)s)",
+    )
+    return options

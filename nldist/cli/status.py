@@ -1,0 +1,17 @@
+"""How a run is doing, from its directory alone."""
+
+import time
+from pathlib import Path
+
+from nldist.cli.options import Parser
+from nldist.errors import main_guard
+from nldist.run.status import describe, read_status
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> None:
+    """Print the status."""
+    parser = Parser(prog="nldist status", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    for line in describe(read_status(parser.parse_args(argv).run), time.time()):
+        print(line)
