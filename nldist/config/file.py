@@ -8,19 +8,23 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+import nldist
 from nldist.config import Config
 from nldist.errors import UserError
+
+_OWN = "nldist:"
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML configuration with its includes, then apply `section.key=value` overrides.
 
-    `include: [FILE, ...]` (relative to the file that says it) is merged first, in order; the file itself wins.
+    `include: [FILE, ...]` (relative to the file that says it) is merged first, in order; the file itself wins. A file
+    `nldist:cifar10/dividemix.yaml` is one of those that come with nldist.
 
     Raises:
         UserError: a missing file, broken YAML, an unknown key (with the nearest right one) or a wrong value.
     """
-    values = _read(Path(path), ())
+    values = _read(_located(str(path), Path()), ())
     for override in overrides:
         _apply(values, override)
     return _validated(values, path)
@@ -42,6 +46,25 @@ def _validated(values: Mapping[str, Any], name: str | Path) -> Config:
         raise UserError(f"{name}: {explain(error)}") from None
 
 
+def _located(name: str, folder: Path) -> Path:
+    """The file that a configuration in `folder`, or the command line, means by `name`."""
+    if not name.startswith(_OWN):
+        return folder / name
+    root, wanted = own_configs(), name.removeprefix(_OWN)
+    if not (root / wanted).is_file():
+        there = sorted(str(path.relative_to(root)) for path in root.rglob("*.yaml"))
+        near = difflib.get_close_matches(wanted, there, n=1) or there
+        raise UserError(f"{name} does not come with nldist; did you mean {_OWN}{near[0]}?")
+    return root / wanted
+
+
+def own_configs() -> Path:
+    """The configurations that come with nldist: in the package where it is installed, else in its repository."""
+    package = Path(nldist.__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
 def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in parents:
         raise UserError(f"{path} includes itself, by way of {' -> '.join(p.name for p in parents)}")
@@ -59,7 +82,7 @@ def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(includes, list) or not all(isinstance(include, str) for include in includes):
         raise UserError(f"{path}: include must be a list of files, not {includes!r}")
     for include in includes:
-        merged = _merge(merged, _read(path.parent / include, (*parents, path.resolve())))
+        merged = _merge(merged, _read(_located(include, path.parent), (*parents, path.resolve())))
     return _merge(merged, values)
 
 
