@@ -54,16 +54,23 @@ def test_dry_run_measures_what_the_backward_pass_keeps(digits: Path, capsys: pyt
     assert large == pytest.approx(2 * small, rel=0.1)
 
 
-def test_dry_run_counts_what_deepspeed_divides(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_counts_every_copy_of_the_weights(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def fixed(*overrides: str) -> int:
         arguments = [f"data.root={digits}", "model.name=preact_resnet18", "--world-size", "4", *overrides]
         assert main(["dry-run", DIGITS, *arguments]) == 0
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory")]
         return int(line.split("about ")[1].split(" MiB")[0])
 
-    whole, divided = fixed(), fixed("engine.name=deepspeed", "engine.zero_stage=2")
-    # weights, gradients, momentum; weights whole, and a quarter of gradients, momentum and master weights
-    assert divided / whole == pytest.approx((1 + 3 / 4) / 3, abs=0.01)
+    # Of each network weights, gradients, momentum.
+    one = fixed("method.dividemix.peers=sequential") / 6
+    for copies, overrides in (
+        (7, []),  # and network 0 as it was
+        (8, ["method.dividemix.peers=sequential", "train.ema_decay=0.99"]),
+        (8, ["method.dividemix.peers=sequential", "optim.name=lamb"]),
+        # weights whole, and a quarter of gradients, momentum and master weights
+        (2 * (1 + 3 / 4), ["method.dividemix.peers=sequential", "engine.name=deepspeed", "engine.zero_stage=2"]),
+    ):
+        assert fixed(*overrides) / one == pytest.approx(copies, abs=0.05), overrides
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tests.test_train import assert_same_weights, epoch_records, weights
 SHORT = ("train.epochs=2", "method.dividemix.warmup_epochs=1", "train.checkpoint_every_steps=5")
 
 
-@pytest.mark.parametrize(("stage", "victim", "step"), [pytest.param(2, 1, 17, marks=pytest.mark.slow), (3, 0, 45)])
+@pytest.mark.parametrize(("stage", "victim", "step"), [pytest.param(1, 1, 17, marks=pytest.mark.slow), (2, 0, 45)])
 def test_killed_and_resumed_it_ends_with_the_same_plain_weights(
     stage: int, victim: int, step: int, digits: Path, tmp_path: Path
 ) -> None:
@@ -47,7 +47,7 @@ def test_scanmix_with_all_its_stages_learns_what_it_learns_under_ddp(digits: Pat
     arguments = [f"data.root={digits}", "method.name=scanmix", "train.epochs=2", "method.dividemix.warmup_epochs=1"]
     arguments += ["pretext.name=moco", "pretext.epochs=1", "cluster.epochs=1", "cluster.head_only=true"]
     assert run_job(tmp_path / "ddp", *arguments, world_size=2) == [0, 0]
-    assert run_job(tmp_path / "zero", *arguments, "engine.name=deepspeed", "engine.zero_stage=3", world_size=2) == [
+    assert run_job(tmp_path / "zero", *arguments, "engine.name=deepspeed", "engine.zero_stage=2", world_size=2) == [
         0,
         0,
     ]

@@ -69,8 +69,6 @@ class Config(Section):
         divide = self.method.dividemix
         if self.method.name == "scanmix":
             self._check_scanmix()
-        if self.model.compile and self.engine.zero_stage == 3:
-            raise ValueError("model.compile=true cannot be used with engine.zero_stage=3; leave one of them out")
         if self.method.name in ("dividemix", "scanmix") and divide.warmup_epochs > self.train.epochs:
             raise ValueError(
                 f"method.dividemix.warmup_epochs={divide.warmup_epochs} is more than "

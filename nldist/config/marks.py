@@ -30,6 +30,11 @@ def flat(config: BaseModel) -> dict[str, Any]:
     return {setting.name: setting.value for setting in _settings(config)}
 
 
+def free_sections(model: type[BaseModel]) -> set[str]:
+    """The sections of a configuration in which nothing decides."""
+    return {name for name, field in model.model_fields.items() if FREE in field.metadata}
+
+
 def deciding(config: BaseModel) -> dict[str, Any]:
     """The settings that decide about what is learnt, by dotted name, as plain values."""
     return {setting.name: setting.value for setting in _settings(config) if FREE not in setting.marks}

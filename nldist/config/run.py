@@ -80,9 +80,7 @@ class EngineSection(Section):
     """What trains the networks on all ranks together."""
 
     name: Literal["ddp", "deepspeed"] = Field("ddp", description="DistributedDataParallel, or DeepSpeed")
-    zero_stage: int = Field(
-        0, ge=0, le=3, description="divided over the ranks: 1 optimiser state, 2 also gradients, 3 also weights"
-    )
+    zero_stage: int = Field(0, ge=0, le=2, description="divided over the ranks: 1 optimiser state, 2 also gradients")
     config: File | None = Field(None, description="JSON file of DeepSpeed's own settings, beside those that are ours")
 
     @model_validator(mode="after")

@@ -6,7 +6,6 @@ from nldist.config import Config
 from nldist.dist.deepspeed_engine import DeepSpeedEngine
 from nldist.dist.engine import DDPEngine, Engine
 from nldist.dist.world import World
-from nldist.dist.zero3_engine import Zero3Engine
 
 
 def build_engine(model: nn.Module, config: Config, world: World, *, partly: bool = False) -> Engine:
@@ -17,7 +16,5 @@ def build_engine(model: nn.Module, config: Config, world: World, *, partly: bool
     Raises:
         UserError: DeepSpeed cannot do what the configuration wants.
     """
-    kind: type[DDPEngine | DeepSpeedEngine] = DDPEngine
-    if config.engine.name == "deepspeed":
-        kind = Zero3Engine if config.engine.zero_stage == 3 else DeepSpeedEngine
+    kind = DeepSpeedEngine if config.engine.name == "deepspeed" else DDPEngine
     return kind(model, config, world, partly=partly)

@@ -1,4 +1,4 @@
-"""The engine on DeepSpeed: ZeRO stages 0, 1 and 2 here, stage 3 in nldist.dist.zero3_engine."""
+"""The engine on DeepSpeed, ZeRO stages 0, 1 and 2."""
 
 import logging
 import os
@@ -92,9 +92,9 @@ class DeepSpeedEngine(Engine):
                 master, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
                 yield Piece(flats[parameter], master.start, whole.start, whole.numel)
 
-    def start_pass(self, num_steps: int, start_step: int, *, reads: bool = True) -> None:
+    def start_pass(self, num_steps: int, start_step: int) -> None:
         """See Engine. What has been written into `model` since the last pass counts from now on."""
-        super().start_pass(num_steps, start_step, reads=reads)
+        super().start_pass(num_steps, start_step)
         self._adopt()
 
     def _adopt(self) -> None:

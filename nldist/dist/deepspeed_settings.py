@@ -67,7 +67,7 @@ def read_own_settings(config: Config) -> dict[str, Any]:
     if "stage" in zero:
         raise UserError(f"engine.config {path}: leave out zero_optimization.stage, which engine.zero_stage decides")
     if zero and config.engine.zero_stage == 0:
-        raise UserError(f"engine.config {path} has zero_optimization, but engine.zero_stage=0; set 1, 2 or 3")
+        raise UserError(f"engine.config {path} has zero_optimization, but engine.zero_stage=0; set 1 or 2")
     return own
 
 

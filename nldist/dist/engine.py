@@ -56,6 +56,11 @@ def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.Optimi
     return make(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, **options)
 
 
+def num_moments(optim: OptimSection) -> int:
+    """Tensors of the weights' size that the configured optimiser keeps."""
+    return 2 if optim.name in ("adam", "lamb") else int(optim.momentum > 0)
+
+
 def _layerwise(model: nn.Module, optim: OptimSection) -> list[dict[str, Any]]:
     """Groups for LARS and LAMB: biases and norms, whose size says nothing about a good rate, neither decay nor adapt."""
     parameters = list(model.parameters())
@@ -107,11 +112,8 @@ class Engine(ABC):
     def _load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Load what `_optimizer_state` gave, into what this rank keeps of it."""
 
-    def start_pass(self, num_steps: int, start_step: int, *, reads: bool = True) -> None:
-        """Train mode; the next `forward` and `step` belong to step `start_step` of `num_steps`.
-
-        Without `reads` the pass promises to use the network in `forward` alone: no `predict`, no `model`.
-        """
+    def start_pass(self, num_steps: int, start_step: int) -> None:
+        """Train mode; the next `forward` and `step` belong to step `start_step` of `num_steps`."""
         self.model.train()
         self._step, self._num_steps = start_step, num_steps
 

@@ -110,6 +110,12 @@ class DivideMix(Method):
         peer: nn.Module = self.engines[1 - number].model
         return peer.eval()
 
+    @property
+    def extra_bytes(self) -> int:
+        """The copy of network 0 that network 1 asks where peers=parallel."""
+        parallel = self.settings.peers == "parallel"
+        return sum(p.nbytes for p in self.engines[0].model.parameters()) if parallel else 0
+
     def state_dict(self) -> dict[str, Any]:
         """See Method."""
         stale = self.stale.state_dict() if self.stale is not None else None
@@ -197,8 +203,6 @@ class SweepPass(Pass):
 
 class DividePass(EnginePass):
     """One epoch of semi-supervised training of one network on its peer's division (DivideMix, Algorithm 1)."""
-
-    reads = True
 
     def __init__(self, method: DivideMix, number: int, epoch: int) -> None:
         super().__init__(method.context, number, method.engines[number], epoch)

@@ -67,8 +67,6 @@ class Pass(ABC):
 class EnginePass(Pass):
     """A pass that trains one network."""
 
-    reads: ClassVar[bool] = False  # whether its steps use the network's weights or predictions beside the forward
-
     def __init__(self, context: Context, number: int, engine: Engine, epoch: int) -> None:
         self.context, self.number, self.engine, self.epoch = context, number, engine, epoch
         self.name = f"net{number}"
@@ -76,7 +74,7 @@ class EnginePass(Pass):
     def start(self, num_steps: int, start_step: int) -> None:
         """See Pass."""
         self._num_steps = num_steps
-        self.engine.start_pass(num_steps, start_step, reads=self.reads)
+        self.engine.start_pass(num_steps, start_step)
 
     def resume_step(self, num_done: int) -> int | None:
         """See Pass."""

@@ -92,8 +92,6 @@ class MoCo(Pretext):
 class MoCoPass(PretextPass):
     """One epoch over all images: one view is the query, the other one the key."""
 
-    reads = True
-
     def __init__(self, method: MoCo, epoch: int) -> None:
         super().__init__(method, epoch)
         self._method = method

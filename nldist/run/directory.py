@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+import yaml
 
 from nldist.config import Config
-from nldist.config.file import load_config
-from nldist.config.marks import deciding
+from nldist.config.file import load_config, parse_config
+from nldist.config.marks import deciding, free_sections
 from nldist.dist.checkpoint import load_file, save_file
 from nldist.errors import UserError
 from nldist.files import write_text
@@ -76,8 +77,11 @@ class RunDirectory:
         file = self.path / "config.yaml"
         if not file.exists() or not any((self.path / "checkpoints").iterdir()):
             return
-        # Through the same classes: a setting that this run did not have has its default.
-        before, after = (deciding(one) for one in (self.config(), config))
+        # Through the same classes: a setting that this run did not have has its default. In sections that decide
+        # nothing it may have had what there is no more.
+        free = config.model_dump(mode="json", include=free_sections(Config))
+        saved = parse_config(yaml.safe_dump(yaml.safe_load(file.read_text()) | free), str(file))
+        before, after = deciding(saved), deciding(config)
         longer = config.optim.schedule != "cosine"  # whose rates depend on the number of epochs
         changed = [
             f"{key} ({before.get(key)} -> {after.get(key)})"

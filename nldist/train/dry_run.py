@@ -9,6 +9,7 @@ from nldist.config import Config, EngineSection
 from nldist.data.plan import sweep
 from nldist.data.stream import Batch
 from nldist.dist.deepspeed_settings import read_own_settings
+from nldist.dist.engine import num_moments
 from nldist.dist.world import World
 from nldist.methods.build import build_method
 from nldist.passes.context import Context
@@ -92,7 +93,8 @@ def _phases(method: Method) -> Iterator[tuple[Phase, int]]:
 def _memory_lines(context: Context, method: Method, settings: EngineSection, world_size: int) -> Iterator[str]:
     engine = method.engines[0]
     num_parameters = sum(p.numel() for p in engine.model.parameters())
-    num_copies = _num_copies(settings.zero_stage, 2 if context.config.optim.name == "adam" else 1, world_size)
+    optim, averaged = context.config.optim, context.config.train.ema_decay is not None
+    num_copies = _num_copies(settings.zero_stage, num_moments(optim), world_size) + averaged
     fixed = len(method.engines) * num_copies * 4 * num_parameters + method.extra_bytes
     num_rows = max((task.num_rows for phase, epoch in _phases(method) for task in phase.passes(epoch)), default=0)
     activations = _activation_bytes(context, engine.model) * num_rows
@@ -114,10 +116,10 @@ def _num_copies(zero_stage: int, num_moments: int, world_size: int) -> float:
     """Tensors of the weights' size, in float32, that a rank keeps of a network while it trains it.
 
     They are weights, gradients and the optimiser's moments; under ZeRO also a master copy of the weights. What stage n
-    divides over the ranks, stage n - 1 keeps whole. A pass that reads the weights has them whole at stage 3, too.
+    divides over the ranks, stage n - 1 keeps whole.
     """
-    optimizer, gradients, weights = (1 / world_size if stage <= zero_stage else 1.0 for stage in (1, 2, 3))
-    return (num_moments + (zero_stage > 0)) * optimizer + gradients + weights + (zero_stage == 3)
+    optimizer, gradients = (1 / world_size if stage <= zero_stage else 1.0 for stage in (1, 2))
+    return (num_moments + (zero_stage > 0)) * optimizer + gradients + 1
 
 
 def _largest_batch_bytes(context: Context) -> int:
