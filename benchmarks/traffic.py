@@ -69,7 +69,7 @@ def measure(work: Path, data: Path, size: int) -> list[dict[str, Any]]:
     train("tests/digits.yaml", *settings, ranks=size)
     network = build_model("small_cnn", 10)
     # Two heads; batch norm's counters of batches are not averaged.
-    num_parameters = sum(p.numel() for p in network.parameters()) + network.head.weight.numel() + 10
+    num_parameters = sum(p.numel() for p in network.parameters()) + network.heads["classify"].weight.numel() + 10
     num_buffers = sum(b.numel() for b in network.buffers() if b.is_floating_point())
     warmup, divide = records(run_dir)
     (_, search) = records(next((run_dir / "stages").glob("mine-*")))

@@ -252,7 +252,7 @@ def test_semantic_noise_is_what_the_run_predicts(undisturbed: Path, digits: Path
     predicted = []
     for image, _ in webdataset.WebDataset(index.shards, shardshuffle=False).decode("torchrgb8").to_tuple("png", "cls"):
         with torch.no_grad():
-            logits = sum(network((image[None] / 255 - 0.305) / 0.376) for network in networks)
+            logits = sum(network.logits((image[None] / 255 - 0.305) / 0.376) for network in networks)
         predicted.append(int(logits.argmax()))  # type: ignore[union-attr]
     labels = index.labels("semantic")
     assert (labels == predicted).mean() > 0.999

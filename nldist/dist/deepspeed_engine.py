@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from nldist.config import Config
 from nldist.dist.deepspeed_settings import deepspeed_settings
-from nldist.dist.engine import Each, Engine, build_optimizer
+from nldist.dist.engine import Backbone, Call, Engine, Precise, build_optimizer
 from nldist.dist.world import World
 from nldist.errors import UserError
 
@@ -70,7 +70,7 @@ class DeepSpeedEngine(Engine):
         self._parameters: list[Any] = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._shapes = [p.shape for p in self._parameters]
         self._parts = _divide(self._optimizer, network) if partly else []
-        self._deepspeed = _initialize(deepspeed, Each(network, self._precision), self._optimizer, config, world)
+        self._deepspeed = _initialize(deepspeed, Precise(network, self._precision), self._optimizer, config, world)
         self._pieces = list(self._find_pieces()) if self._stage else []
 
     def _network(self) -> nn.Module:
@@ -103,9 +103,9 @@ class DeepSpeedEngine(Engine):
             if piece is not None:
                 piece.of(piece.flat).copy_(piece.of_whole(parameter))
 
-    def _forward(self, batches: Sequence[Tensor], last: bool) -> Sequence[Tensor]:
+    def _forward(self, calls: Sequence[Call], backbone: Backbone, last: bool) -> Sequence[Tensor]:
         self._deepspeed.set_gradient_accumulation_boundary(last)
-        outputs: Sequence[Tensor] = self._deepspeed(*batches)
+        outputs: Sequence[Tensor] = self._deepspeed(*calls, backbone=backbone)
         return outputs
 
     def _backward(self, loss: Tensor) -> None:
@@ -172,12 +172,12 @@ class _Part:
 def _divide(optimizer: torch.optim.Optimizer, network: nn.Module) -> list[_Part]:
     """Give each part of the network a group of its own: ZeRO updates a group as a whole, with zeros for no gradient.
 
-    Parts are the children of the network's children.
+    Parts are the backbone and the heads.
     """
     parts: dict[str, _Part] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            parts.setdefault(".".join(name.split(".")[:2]), _Part()).add(parameter)
+            parts.setdefault(name.partition(".")[0], _Part()).add(parameter)
     optimizer.param_groups = [
         group | {"params": members, "part": part}
         for group in optimizer.param_groups

@@ -5,7 +5,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nldist.config import Config, OptimSection
 from nldist.dist.world import World
+
+
+# (images, output, output, ...): what a network is asked for one batch.
+Call = tuple[Any, ...]
+# What becomes of a network's backbone in a forward: it learns; only batch norm's statistics follow; it stays as it is.
+Backbone = Literal["learns", "follows", "stays"]
 
 
 def batch_factor(optim: OptimSection, global_batch: int) -> float:
@@ -83,7 +89,8 @@ class Engine(ABC):
     def __init__(self, model: nn.Module, config: Config, world: World) -> None:
         self._world, self._optim, self._autocast = world, config.optim, config.train.autocast == "bf16"
         self._format = torch.channels_last if config.model.channels_last else torch.contiguous_format
-        self.model = model.to(world.device, memory_format=self._format)  # type: ignore[call-overload]
+        # A Network, or what has its `forward`.
+        self.model: Any = model.to(world.device, memory_format=self._format)  # type: ignore[call-overload]
         self.averaged = None
         if config.train.ema_decay:
             average = get_ema_multi_avg_fn(config.train.ema_decay)  # type: ignore[no-untyped-call]
@@ -93,8 +100,8 @@ class Engine(ABC):
         self._step, self._num_steps = 0, 0
 
     @abstractmethod
-    def _forward(self, batches: Sequence[Tensor], last: bool) -> Sequence[Tensor]:
-        """The outputs for each batch, in the precision of the forward; `last` of its accumulation group or not."""
+    def _forward(self, calls: Sequence[Call], backbone: Backbone, last: bool) -> Sequence[Tensor]:
+        """The network's outputs, in the precision of the forward; `last` of its accumulation group or not."""
 
     @abstractmethod
     def _backward(self, loss: Tensor) -> None:
@@ -128,33 +135,24 @@ class Engine(ABC):
         stop = min(first + self._optim.accumulate, self._num_steps)
         return stop - first, self._step + 1 == stop
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (b, C), at least float32, with gradient, for the one backward of this step."""
-        (logits,) = self.forward_each(images)
-        return logits
-
-    def forward_each(self, *batches: Tensor) -> list[Tensor]:
-        """What `forward` gives for each of several batches, one after the other: batch norm has the statistics of each
-        alone, and its running averages follow each. Together they are the one forward of this step.
-        """
+    def forward(self, *calls: Call, backbone: Backbone = "learns") -> list[Tensor]:
+        """`Network.forward`, at least float32, with gradient: the one forward for the one backward of this step."""
         _, last = self._group()
-        return [_at_least_float32(logits) for logits in self._forward([self._formatted(batch) for batch in batches], last)]
+        return [_at_least_float32(output) for output in self._forward(self._formatted(calls), backbone, last)]
 
     @torch.no_grad()
-    def predict(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
-        """Logits (b, C), at least float32, of this network (or of `model`, such as a peer) in its present mode.
-
-        No gradient.
-        """
+    def predict(self, images: Tensor, *outputs: str, by: nn.Module | None = None) -> list[Tensor]:
+        """Outputs of this network (or of `by`, such as a peer) in its present mode, at least float32, no gradient."""
         with self._precision():
-            return _at_least_float32((self.model if model is None else model)(self._formatted(images)))
+            predicted = (self.model if by is None else by)(*self._formatted([(images, *outputs)]))
+        return [_at_least_float32(output) for output in predicted]
 
-    def evaluate(self, images: Tensor) -> Tensor:
-        """Logits (b, C), at least float32, of the averaged weights where they are kept, in eval mode, no gradient."""
-        return self.predict(images, self.evaluated.eval())
+    def evaluate(self, images: Tensor, *outputs: str) -> list[Tensor]:
+        """Outputs of the averaged weights where they are kept, in eval mode, at least float32, no gradient."""
+        return self.predict(images, *outputs, by=self.evaluated.eval())
 
     @property
-    def evaluated(self) -> nn.Module:
+    def evaluated(self) -> Any:
         """The network that `evaluate` uses."""
         return self.averaged.module if self.averaged else self.model
 
@@ -173,8 +171,8 @@ class Engine(ABC):
         for module in filter(None, (self.model, self.averaged)):
             average_buffers(module, self._world)
 
-    def _formatted(self, images: Tensor) -> Tensor:
-        return images.contiguous(memory_format=self._format)
+    def _formatted(self, calls: Sequence[Call]) -> list[Call]:
+        return [(images.contiguous(memory_format=self._format), *outputs) for images, *outputs in calls]
 
     def _precision(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self._world.device.type, torch.bfloat16, enabled=self._autocast)
@@ -200,10 +198,9 @@ class Engine(ABC):
 
     def load_rank_state_dict(self, state: dict[str, Any]) -> None:
         """Load what `rank_state_dict` gave on the same rank."""
-        with torch.no_grad():
-            for name, module in self._buffer_owners():
-                for key, buffer in module.named_buffers() if module is not None else ():
-                    buffer.copy_(state[name][key])
+        for name, module in self._buffer_owners():
+            if module is not None:
+                module.load_state_dict(state[name], strict=False)
 
     def _buffer_owners(self) -> list[tuple[str, nn.Module | None]]:
         return [("model", self.model), ("averaged", self.averaged)]
@@ -218,9 +215,9 @@ class DDPEngine(Engine):
 
     def __init__(self, model: nn.Module, config: Config, world: World, *, partly: bool = False) -> None:
         super().__init__(model, config, world)
-        self._each: nn.Module = Each(self.model, self._precision)
+        self._precise: nn.Module = Precise(self.model, self._precision)
         if world.size > 1:
-            self._each = self._wrap(partly)
+            self._precise = self._wrap(partly)
         self._optimizer = build_optimizer(self.model, config.optim)
         self._settled = partly  # then DDP never regroups its buckets
         self._gradient_bytes = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
@@ -230,25 +227,25 @@ class DDPEngine(Engine):
             # torch 2.15 renames broadcast_buffers, in a version newer than the oldest that we support.
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(
-                self._each,
+                self._precise,
                 device_ids=[self._world.device] if self._world.device.type == "cuda" else None,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
                 find_unused_parameters=partly,
             )
 
-    def _forward(self, batches: Sequence[Tensor], last: bool) -> Sequence[Tensor]:
+    def _forward(self, calls: Sequence[Call], backbone: Backbone, last: bool) -> Sequence[Tensor]:
         sync: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if isinstance(self._each, DistributedDataParallel):
+        if isinstance(self._precise, DistributedDataParallel):
             if not self._settled:
-                self._settle(batches)
+                self._settle(calls)
             if not last:
-                sync = self._each.no_sync()
+                sync = self._precise.no_sync()
         with sync:
-            outputs: Sequence[Tensor] = self._each(*batches)
+            outputs: Sequence[Tensor] = self._precise(*calls, backbone=backbone)
         return outputs
 
-    def _settle(self, batches: Sequence[Tensor]) -> None:
+    def _settle(self, calls: Sequence[Call]) -> None:
         """A backward pass without effect, after which DDP regroups its gradient buckets once and for all.
 
         Left to the first real step, the regrouping would make a resumed run sum three or more ranks' gradients
@@ -257,7 +254,7 @@ class DDPEngine(Engine):
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         device = self._world.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            total = torch.stack([output.float().sum() for output in self._each(*batches)]).sum()
+            total = torch.stack([output.float().sum() for output in self._precise(*calls)]).sum()
             total.backward()  # type: ignore[no-untyped-call]
         self._optimizer.zero_grad()
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
@@ -284,17 +281,18 @@ class DDPEngine(Engine):
         self._optimizer.load_state_dict(state)
 
 
-class Each(nn.Module):
-    """A network on several batches in turn, in an engine's precision: what DDP or DeepSpeed sees as one forward."""
+class Precise(nn.Module):
+    """A network in an engine's precision: what DDP or DeepSpeed wraps."""
 
     def __init__(self, network: nn.Module, precision: Callable[[], contextlib.AbstractContextManager]) -> None:
         super().__init__()
         self.network, self._precision = network, precision
 
-    def forward(self, *batches: Tensor) -> tuple[Tensor, ...]:
-        """The network's outputs for each batch."""
+    def forward(self, *calls: Call, **options: Any) -> Sequence[Tensor]:
+        """The network's outputs."""
         with self._precision():
-            return tuple(self.network(batch) for batch in batches)
+            outputs: Sequence[Tensor] = self.network(*calls, **options)
+        return outputs
 
 
 def _at_least_float32(outputs: Tensor) -> Tensor:

@@ -23,4 +23,5 @@ class CrossEntropy(Method):
 
 def cross_entropy(engine: Engine, images: Tensor, labels: Tensor, _generator: np.random.Generator) -> Tensor:
     """Mean cross-entropy of one batch with hard labels (b,)."""
-    return F.cross_entropy(engine.forward(images), labels)
+    (logits,) = engine.forward((images, "classify"))
+    return F.cross_entropy(logits, labels)

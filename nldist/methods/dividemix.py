@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from nldist.losses import (
     sharpen,
     soft_cross_entropy,
 )
-from nldist.methods.cross_entropy import cross_entropy
 from nldist.passes.base import Batches, EnginePass, Metrics, Pass, Split
 from nldist.passes.context import Context
 from nldist.passes.method import Method, Phase
@@ -65,14 +64,18 @@ class DivideMix(Method):
 
     def _warmup(self, epoch: int) -> list[Pass]:
         return [
-            SupervisedPass(self.context, n, engine, epoch, self.warmup_loss, self.warmup_view)
+            SupervisedPass(self.context, n, engine, epoch, self._all_loss, self.warmup_view)
             for n, engine in enumerate(self.engines)
         ]
 
-    @property
-    def warmup_loss(self) -> Callable[[Engine, Tensor, Tensor, np.random.Generator], Tensor]:
-        """The loss of the warm-up."""
-        return _penalised if self.settings.warmup_penalty else cross_entropy
+    def _all_loss(self, engine: Engine, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:
+        (logits,) = engine.forward((images, "classify"))
+        return self.warmup_loss(logits, labels)
+
+    def warmup_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy; against confident fits of asymmetric noise plus negative entropy (section 3.1)."""
+        loss = F.cross_entropy(logits, labels)
+        return loss + negative_entropy(logits) if self.settings.warmup_penalty else loss
 
     @property
     def warmup_view(self) -> View:
@@ -161,7 +164,7 @@ class SweepPass(Pass):
             return {}
         images, ids = self._context.fixed_view(batch), batch.ids.cpu().numpy()
         for number in self._numbers:
-            logits = self._method.engines[number].predict(images)
+            (logits,) = self._method.engines[number].predict(images, "classify")
             losses = F.cross_entropy(logits, batch.labels, reduction="none").cpu().numpy()
             if not np.isfinite(losses).all():
                 raise UserError(f"net{number} has diverged (loss not finite); lower optim.lr or set optim.clip_norm")
@@ -252,7 +255,7 @@ class DividePass(EnginePass):
         targets = [self._refine(labelled, x)] * 2 + guessed
         num_rows = 2 * len(labelled.ids)
         mixed, mixed_targets = self._mix(torch.cat([*x, *u]), torch.cat(targets), num_rows, step)
-        logits = self.engine.forward(mixed)
+        (logits,) = self.engine.forward((mixed, "classify"))
         losses = self._losses(logits, mixed_targets, num_rows)
         loss = losses["loss_x"] + losses["prior"]
         if "loss_u" in losses:
@@ -269,15 +272,18 @@ class DividePass(EnginePass):
     def _refine(self, batch: Batch, views: list[Tensor]) -> Tensor:
         """Co-refinement of the labelled (equations 3 and 4): this network only, by the peer's clean probability."""
         clean = self._clean_on_device[batch.ids][:, None]
-        own = torch.stack([self.engine.predict(view).softmax(1) for view in views]).mean(0)
+        own = torch.stack([self._probabilities(view) for view in views]).mean(0)
         labels = one_hot(batch.labels, own.shape[1])
         return sharpen(clean * labels + (1 - clean) * own, self._settings.temperature)
 
     def _guess(self, views: list[Tensor]) -> Tensor:
         """Co-guessing of the unlabelled (Algorithm 1, lines 20 and 21): the mean over both networks and views."""
-        own = [self.engine.predict(view).softmax(1) for view in views]
-        peer = [self.engine.predict(view, self._peer).softmax(1) for view in views]
+        own = [self._probabilities(view) for view in views]
+        peer = [self._probabilities(view, self._peer) for view in views]
         return sharpen(torch.stack(own + peer).mean(0), self._settings.temperature)
+
+    def _probabilities(self, images: Tensor, by: nn.Module | None = None) -> Tensor:
+        return self.engine.predict(images, "classify", by=by)[0].softmax(1)
 
     def _mix(self, images: Tensor, targets: Tensor, num_labelled: int, step: int) -> tuple[Tensor, Tensor]:
         """MixMatch over labelled and unlabelled rows; form=real keeps the labelled rows only."""
@@ -304,9 +310,3 @@ class DividePass(EnginePass):
         """The weight of the unlabelled loss, grown linearly after the warm-up."""
         progress = (self.progress(step) - self._settings.warmup_epochs) / self._settings.rampup_epochs
         return self._settings.lambda_u * min(1.0, progress)
-
-
-def _penalised(engine: Engine, images: Tensor, labels: Tensor, _generator: np.random.Generator) -> Tensor:
-    """Cross-entropy plus negative entropy: against confident fits of asymmetric noise (section 3.1)."""
-    logits = engine.forward(images)
-    return F.cross_entropy(logits, labels) + negative_entropy(logits)

@@ -26,5 +26,5 @@ class Mixup(Method):
         weight = float(generator.beta(alpha, alpha))
         permutation = torch.from_numpy(generator.permutation(len(images))).to(images.device)
         targets = one_hot(labels, self.context.train.num_classes)
-        logits = engine.forward(mix(images, permutation, weight, len(images)))
+        (logits,) = engine.forward((mix(images, permutation, weight, len(images)), "classify"))
         return soft_cross_entropy(logits, mix(targets, permutation, weight, len(images)))

@@ -10,7 +10,7 @@ from nldist.data.views import View
 from nldist.dist.checkpoint import load_file
 from nldist.dist.engine import Engine
 from nldist.methods.dividemix import DivideMix
-from nldist.models.two_heads import TwoHeads
+from nldist.models import Network
 from nldist.passes.base import Metrics, Pass
 from nldist.passes.context import Context
 from nldist.passes.supervised import SupervisedPass
@@ -33,25 +33,33 @@ class ScanMix(DivideMix):
 
     def build_engines(self) -> list[Engine]:
         """See Method."""
-        return [self.context.engine(number, TwoHeads, partly=True) for number in range(self.num_networks)]
+        return [self.context.engine(number, self._with_clusters, partly=True) for number in range(self.num_networks)]
+
+    def _with_clusters(self, network: Network) -> Network:
+        return network.add("cluster", nn.Linear(network.num_features, self.context.train.num_classes))
 
     def start(self) -> None:
         """Begin both networks, and both heads of each, from the best epoch of the clustering (algorithms 3.b B)."""
         state = load_file(self.context.products["cluster"] / "weights" / "best.pt")["networks"][0]
-        for network in (_two_heads(engine.model) for engine in self.engines):
-            network.classifier.load_state_dict(state)
-            network.cluster_head.load_state_dict(network.classifier.head.state_dict())
+        for engine in self.engines:
+            engine.model.load_state_dict(state, strict=False)
+            engine.model.heads["cluster"].load_state_dict(engine.model.heads["classify"].state_dict())
 
     def weights(self) -> list[dict[str, Tensor]]:
         """The networks with their classification heads alone: plain classifiers."""
-        return [_two_heads(engine.evaluated).classifier.state_dict() for engine in self.engines]
+        return [engine.evaluated.classifier_state() for engine in self.engines]
 
     def _warmup(self, epoch: int) -> list[Pass]:
         """Only the classification head learns, so that wrong labels do not spoil the features (algorithms 3.b C)."""
         return [
-            _HeadPass(self.context, number, engine, epoch, self.warmup_loss, self.warmup_view)
+            SupervisedPass(self.context, number, engine, epoch, self._head_loss, self.warmup_view)
             for number, engine in enumerate(self.engines)
         ]
+
+    def _head_loss(self, engine: Engine, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:
+        """The warm-up's loss; of the backbone only the batch-norm statistics follow."""
+        (logits,) = engine.forward((images, "classify"), backbone="follows")
+        return self.warmup_loss(logits, labels)
 
     @property
     def warmup_view(self) -> View:
@@ -97,7 +105,7 @@ class ScanMix(DivideMix):
         return [*passes, self._cluster(0, epoch), self._cluster(1, epoch)]
 
     def _cluster(self, number: int, epoch: int) -> Pass:
-        return _ClusterPass(
+        return NeighbourPass(
             self.context,
             number,
             self.engines[number],
@@ -127,32 +135,3 @@ class ScanMix(DivideMix):
         """See Method."""
         super().load_state_dict(state)
         self.noise_rate = state["noise_rate"]
-
-
-def _two_heads(network: nn.Module) -> TwoHeads:
-    assert isinstance(network, TwoHeads)
-    return network
-
-
-class _HeadPass(SupervisedPass):
-    """A supervised pass in which the backbone learns nothing, but its batch-norm statistics follow."""
-
-    def start(self, num_steps: int, start_step: int) -> None:
-        super().start(num_steps, start_step)
-        _two_heads(self.engine.model).classifier.frozen = True
-
-    def finish(self) -> Metrics:
-        _two_heads(self.engine.model).classifier.frozen = False
-        return super().finish()
-
-
-class _ClusterPass(NeighbourPass):
-    """A clustering pass through the second head, with the optimiser of the first (algorithms 3.b D4)."""
-
-    def start(self, num_steps: int, start_step: int) -> None:
-        super().start(num_steps, start_step)
-        _two_heads(self.engine.model).active = "cluster"
-
-    def finish(self) -> Metrics:
-        _two_heads(self.engine.model).active = "classify"
-        return super().finish()

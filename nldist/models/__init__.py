@@ -1,6 +1,6 @@
-"""Backbones by name, and the classifier that is built on one."""
+"""Networks by name: a backbone and named heads."""
 
 from nldist.models.build import build_model, check_revision, model_names, model_revision
-from nldist.models.classifier import Classifier
+from nldist.models.network import Network
 
-__all__ = ["Classifier", "build_model", "check_revision", "model_names", "model_revision"]
+__all__ = ["Network", "build_model", "check_revision", "model_names", "model_revision"]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from nldist.errors import UserError
-from nldist.models.classifier import Classifier
+from nldist.models.network import Network
 from nldist.models.pretrained import load_pretrained
 from nldist.models.resnet_cifar import BasicBlock, PreActBlock, ResNetCIFAR
 from nldist.models.small import SmallCNN
@@ -56,7 +56,7 @@ def model_names() -> list[str]:
     return [*OWN_BACKBONES, *timm.list_models()]
 
 
-def build_model(name: str, num_classes: int, *, pretrained: Path | None = None) -> Classifier:
+def build_model(name: str, num_classes: int, *, pretrained: Path | None = None) -> Network:
     """Build the classifier `name` with `num_classes` outputs, with random weights or those of a local file.
 
     Args:
@@ -69,7 +69,7 @@ def build_model(name: str, num_classes: int, *, pretrained: Path | None = None) 
         UserError: the name is unknown, or the checkpoint is missing, unreadable or of another backbone.
     """
     backbone, num_features, head_name = _backbone(name)
-    model = Classifier(backbone, num_features, num_classes)
+    model = Network(backbone, num_features, classify=nn.Linear(num_features, num_classes))
     if pretrained is not None:
         load_pretrained(model, pretrained, head_name=head_name)
     return model

@@ -10,16 +10,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from nldist.errors import UserError
-from nldist.models.classifier import Classifier
+from nldist.models.network import Network
 
 log = logging.getLogger(__name__)
 State = dict[str, torch.Tensor]
 
 
-def load_pretrained(model: Classifier, path: Path, *, head_name: str) -> None:
+def load_pretrained(model: Network, path: Path, *, head_name: str) -> None:
     """Load the backbone of `model` from `path`, and the head where the file has one of the same shape.
 
-    The file holds either a `Classifier` (keys "backbone." and "head.") or a plain backbone whose head is
+    The file holds either a `Network` (keys "backbone." and "head.") or a plain backbone whose head is
     called `head_name`; "module." before all keys and a wrapping "state_dict" or "model" entry are undone.
 
     Raises:
@@ -32,10 +32,11 @@ def load_pretrained(model: Classifier, path: Path, *, head_name: str) -> None:
         backbone = state
     _load_backbone(model, backbone, path)
     head = _under(state, f"{head_name}.")
-    if _shapes(head) == _shapes(model.head.state_dict()):
-        model.head.load_state_dict(head)
+    own = model.heads["classify"]
+    if _shapes(head) == _shapes(own.state_dict()):
+        own.load_state_dict(head)
     else:
-        log.info("%s: its head does not fit %d classes and is left out", path, model.num_classes)
+        log.info("%s: its head does not fit %d classes and is left out", path, own.out_features)
 
 
 def weights_digest(path: Path) -> str:
@@ -54,7 +55,7 @@ def weights_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _load_backbone(model: Classifier, state: State, path: Path) -> None:
+def _load_backbone(model: Network, state: State, path: Path) -> None:
     wanted = model.backbone.state_dict()
     missing = [key for key in wanted if key not in state]
     if missing:

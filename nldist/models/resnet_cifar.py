@@ -96,7 +96,11 @@ class ResNetCIFAR(nn.Module):
         if kaiming:
             init_convolutions(self)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Pooled features (b, 512) of images (b, 3, h, w)."""
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """The last feature map (b, 512, h / 8, w / 8) of images (b, 3, h, w)."""
         maps: torch.Tensor = self.stages(F.relu(self.bn1(self.conv1(images))))
+        return maps
+
+    def forward_head(self, maps: torch.Tensor, pre_logits: bool = True) -> torch.Tensor:
+        """Pooled features (b, 512)."""
         return maps.mean(dim=(2, 3))

@@ -31,7 +31,11 @@ class SmallCNN(nn.Module):
         self.num_features = third
         init_convolutions(self)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Pooled features (b, num_features) of images (b, 3, h, w), h and w at least 4."""
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """The last feature map (b, num_features, h / 4, w / 4) of images (b, 3, h, w), h and w at least 4."""
         maps: torch.Tensor = self.stages(images)
+        return maps
+
+    def forward_head(self, maps: torch.Tensor, pre_logits: bool = True) -> torch.Tensor:
+        """Pooled features (b, num_features)."""
         return maps.mean(dim=(2, 3))

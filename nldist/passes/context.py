@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nldist.config import Config
 from nldist.data.cache import ShardCache
@@ -20,7 +20,7 @@ from nldist.dist.build_engine import build_engine
 from nldist.dist.engine import Engine, batch_factor, learning_rate
 from nldist.dist.table import SampleTable
 from nldist.dist.world import World
-from nldist.models import Classifier, build_model
+from nldist.models import Network, build_model
 
 
 @dataclass
@@ -78,16 +78,16 @@ class Context:
         )
 
     def engine(
-        self, number: int, around: Callable[[Classifier], nn.Module] | None = None, *, partly: bool = False
+        self, number: int, shape: Callable[[Network], Network] = lambda network: network, *, partly: bool = False
     ) -> Engine:
-        """Network `number`, initialised from (seed, number) alone: a classifier, or what `around` makes of one.
+        """Network `number`, initialised from (seed, number) alone: a classifier, or what `shape` makes of one.
 
         `partly` is the Engine's.
         """
         model = self.config.model
         torch.manual_seed(self.config.run.seed * 1009 + number)
-        classifier = build_model(model.name, self.train.num_classes, pretrained=model.pretrained)
-        return build_engine(around(classifier) if around else classifier, self.config, self.world, partly=partly)
+        network = build_model(model.name, self.train.num_classes, pretrained=model.pretrained)
+        return build_engine(shape(network), self.config, self.world, partly=partly)
 
     def shuffled(self, epoch: int, purpose: int, batch_size: int) -> Plan:
         """A shuffled plan over all training samples; `purpose` tells the plans of one epoch apart."""

@@ -58,7 +58,7 @@ class Method(ABC):
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits (b, C) for prediction: the sum over the networks (algorithms 0.3)."""
-        return torch.stack([engine.evaluate(images) for engine in self.engines]).sum(0)
+        return torch.stack([engine.evaluate(images, "classify")[0] for engine in self.engines]).sum(0)
 
     @property
     def extra_bytes(self) -> int:

@@ -3,17 +3,17 @@
 from abc import abstractmethod
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from nldist.config import PretextSection
 from nldist.data.plan import Plan
 from nldist.data.stream import Batch
 from nldist.dist.engine import Engine
-from nldist.models import Classifier
+from nldist.models import Network
+from nldist.models.network import Projector
 from nldist.passes.base import EnginePass, Pass
 from nldist.passes.method import Method, Phase
 from nldist.pretext.knn import knn_passes
-from nldist.pretext.projection import PretextModel
 
 
 class Pretext(Method):
@@ -26,8 +26,8 @@ class Pretext(Method):
         """See Method."""
         return [self.context.engine(0, self._with_projector)]
 
-    def _with_projector(self, classifier: Classifier) -> nn.Module:
-        return PretextModel(classifier.backbone, classifier.num_features, self.settings.dim)
+    def _with_projector(self, network: Network) -> Network:
+        return with_projector(network, self.settings.dim)
 
     @property
     def settings(self) -> PretextSection:
@@ -52,9 +52,12 @@ class Pretext(Method):
 
     def features(self, images: Tensor) -> Tensor:
         """Features (b, F) of the backbone in eval mode, no gradient."""
-        network = self.engines[0].evaluated
-        assert isinstance(network, PretextModel)
-        return self.engines[0].predict(images, network.backbone.eval())
+        return self.engines[0].evaluate(images, "features")[0]
+
+
+def with_projector(network: Network, dim: int) -> Network:
+    """The network with a projector to `dim` features in place of its classifying head."""
+    return network.add("project", Projector(network.num_features, dim)).drop("classify")
 
 
 class PretextPass(EnginePass):

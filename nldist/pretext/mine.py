@@ -4,18 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from nldist.data.plan import Part, Plan
 from nldist.dist.checkpoint import load_file
 from nldist.dist.engine import Engine
 from nldist.estimate.graph import GraphFile, neighbours_of, normalise, open_graph, purity
 from nldist.estimate.neighbours import ShardedIndex
-from nldist.models import Classifier
+from nldist.models import Network
 from nldist.passes.base import Batches, Curves, Metrics, Pass
 from nldist.passes.context import Context
 from nldist.passes.method import Method, Phase
-from nldist.pretext.projection import PretextModel
+from nldist.pretext.base import with_projector
 
 GRAPH_FILE = "neighbours.npy"
 
@@ -29,18 +29,18 @@ class Mine(Method):
     def __init__(self, context: Context) -> None:
         self.settings = context.config.mine
         super().__init__(context)
-        network = self.engines[0].model
-        assert isinstance(network, PretextModel)
-        dim = network.dim if self.settings.layer == "projector" else network.num_features
+        assert context.config.pretext is not None
+        projected = self.settings.layer == "projector"
+        dim = context.config.pretext.dim if projected else self.engines[0].model.num_features
         context.table.add("features", np.float32, (dim,))
 
     def build_engines(self) -> list[Engine]:
         """See Method."""
         return [self.context.engine(0, self._with_projector)]
 
-    def _with_projector(self, classifier: Classifier) -> nn.Module:
+    def _with_projector(self, network: Network) -> Network:
         assert self.context.config.pretext is not None
-        return PretextModel(classifier.backbone, classifier.num_features, self.context.config.pretext.dim)
+        return with_projector(network, self.context.config.pretext.dim)
 
     def start(self) -> None:
         """Take over the pretext's network."""
@@ -64,9 +64,8 @@ class Mine(Method):
 
     def features(self, images: Tensor) -> Tensor:
         """Features (b, d) of the configured layer, in eval mode, no gradient."""
-        network = self.engines[0].model.eval()
-        assert isinstance(network, PretextModel)
-        return self.engines[0].predict(images, network if self.settings.layer == "projector" else network.backbone)
+        layer = "project" if self.settings.layer == "projector" else "features"
+        return self.engines[0].predict(images, layer, by=self.engines[0].model.eval())[0]
 
 
 class FeaturePass(Pass):

@@ -107,7 +107,7 @@ class MoCoPass(PretextPass):
         method, world = self._method, self.context.world
         first, second = self.views(batches["all"])
         counts = row_counts(len(first), world)
-        query = self.engine.forward(first)
+        (query,) = self.engine.forward((first, "project"))
         key = self._keys(second, counts, step)
         losses = moco_loss(query, key, method.queue, self.settings.temperature)
         loss = global_mean(losses, counts, world)
@@ -124,7 +124,8 @@ class MoCoPass(PretextPass):
         """
         generator = self.context.generator(self.epoch, _EXCHANGE, step)
         exchange = Exchange(counts, self.context.world, generator)
-        return exchange.restore(self.engine.predict(exchange.shuffle(images), self._method.encoder))
+        (keys,) = self.engine.predict(exchange.shuffle(images), "project", by=self._method.encoder)
+        return exchange.restore(keys)
 
     def finish(self) -> Metrics:
         """See Pass."""

@@ -14,12 +14,11 @@ from nldist.data.plan import Plan
 from nldist.data.stream import Batch
 from nldist.data.views import View
 from nldist.dist.checkpoint import load_file
-from nldist.dist.engine import Engine
+from nldist.dist.engine import Backbone, Engine
 from nldist.dist.rows import global_mean, row_counts
 from nldist.errors import UserError
 from nldist.losses import agreement, mean_negative_entropy
-from nldist.models import Classifier
-from nldist.models.two_heads import ClusterHeads
+from nldist.models import Network
 from nldist.passes.base import Batches, EnginePass, Metrics, Pass
 from nldist.passes.context import Context
 from nldist.passes.evaluate import EvaluationPass
@@ -62,15 +61,17 @@ class Scan(Method):
         """See Method."""
         return [self.context.engine(0, self._with_heads)]
 
-    def _with_heads(self, classifier: Classifier) -> nn.Module:
-        return ClusterHeads(classifier, self.settings.num_heads, heads_only=self.settings.head_only)
+    def _with_heads(self, network: Network) -> Network:
+        """Several clusterings, one head's outputs after the other's."""
+        num_outputs = self.settings.num_heads * self.context.train.num_classes
+        network.backbone.requires_grad_(not self.settings.head_only)
+        return network.add("cluster", nn.Linear(network.num_features, num_outputs)).drop("classify")
 
     def start(self) -> None:
         """Take over the pretext's backbone."""
         state = load_file(self.context.products["pretext"] / "weights" / "last.pt")["networks"][0]
-        prefix = "backbone."
-        backbone = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        self.engines[0].model.classifier.backbone.load_state_dict(backbone)
+        backbone = {key: value for key, value in state.items() if key.startswith("backbone.")}
+        self.engines[0].model.load_state_dict(backbone, strict=False)
 
     def phases(self) -> list[Phase]:
         """See Method."""
@@ -89,6 +90,7 @@ class Scan(Method):
                 num_heads=self.settings.num_heads,
                 rate=context.learning_rate,
                 population=self.anchors,
+                backbone="stays" if self.settings.head_only else "learns",
             )
         ]
 
@@ -102,14 +104,15 @@ class Scan(Method):
 
     def all_logits(self, images: Tensor) -> Tensor:
         """Logits (b, num_heads, C), in eval mode, no gradient."""
-        logits = self.engines[0].evaluate(images)
+        (logits,) = self.engines[0].evaluate(images, "cluster")
         return logits.view(len(logits), self.settings.num_heads, -1)
 
     def weights(self) -> list[dict[str, Tensor]]:
         """A classifier with the best head."""
-        network = self.engines[0].evaluated
-        assert isinstance(network, ClusterHeads)
-        return [network.take(self.best_head)]
+        network, num_classes = self.engines[0].evaluated, self.context.train.num_classes
+        rows = slice(self.best_head * num_classes, (self.best_head + 1) * num_classes)
+        head = {f"head.{key}": value[rows].clone() for key, value in network.heads["cluster"].state_dict().items()}
+        return [network.classifier_state() | head]
 
     def state_dict(self) -> dict[str, Any]:
         """See Method."""
@@ -142,6 +145,7 @@ class NeighbourPass(EnginePass):
         predicted: gives the predicted class (N,) of every id when the pass begins; None = every neighbour is valid.
         include_self: count an image among its own neighbours.
         population: sorted ids of the anchors; None = all.
+        backbone: what becomes of it.
     """
 
     def __init__(
@@ -159,6 +163,7 @@ class NeighbourPass(EnginePass):
         predicted: Callable[[], np.ndarray] | None = None,
         include_self: bool = True,
         population: np.ndarray | None = None,
+        backbone: Backbone = "learns",
     ) -> None:
         super().__init__(context, number, engine, epoch)
         self.name = f"cluster{number}"
@@ -167,7 +172,7 @@ class NeighbourPass(EnginePass):
         self.num_rows = 2 * batch_size
         self._num_heads, self._lambda_e, self._rate = num_heads, lambda_e, rate
         self._view, self._predicted, self._include_self = view, predicted, include_self
-        self._population = population
+        self._population, self._backbone = population, backbone
 
     def plan(self) -> Plan:
         """See Pass."""
@@ -199,8 +204,10 @@ class NeighbourPass(EnginePass):
             self.context.view(batches[role], self.epoch, purpose + n, view)[rows]
             for n, (role, rows) in enumerate((("anchors", anchors), ("neighbours", partners)))
         ]
+        calls = [(image, "cluster") for image in images]
         log_p, log_n = (
-            logits.view(len(logits), self._num_heads, -1).log_softmax(2) for logits in self.engine.forward_each(*images)
+            logits.view(len(logits), self._num_heads, -1).log_softmax(2)
+            for logits in self.engine.forward(*calls, backbone=self._backbone)
         )
         disagreement = -global_mean(agreement(log_p, log_n).mean(1), row_counts(len(log_p), world), world)
         # The sum of all heads' terms, in one collective.

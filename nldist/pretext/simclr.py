@@ -25,7 +25,8 @@ class SimCLRPass(PretextPass):
 
     def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
         """See Pass."""
-        first, second = self.engine.forward(torch.cat(self.views(batches["all"]))).chunk(2)
+        (projections,) = self.engine.forward((torch.cat(self.views(batches["all"])), "project"))
+        first, second = projections.chunk(2)
         loss = simclr_loss(first, second, self.settings.temperature, self.context.world)
         self.descend(loss, step)
         return {"loss": loss.detach()}

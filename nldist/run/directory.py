@@ -17,7 +17,7 @@ from nldist.config.marks import deciding, free_sections
 from nldist.dist.checkpoint import load_file, save_file
 from nldist.errors import UserError
 from nldist.files import write_text
-from nldist.models import Classifier, build_model, check_revision
+from nldist.models import Network, build_model, check_revision
 from nldist.run.status import SUMMARY_FILE, read_summary
 
 
@@ -127,7 +127,7 @@ class RunDirectory:
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             raise UserError(f"{path} was not saved: {error}; free some space") from None
 
-    def load_networks(self, which: str, config: Config, classes: list[str]) -> list[Classifier]:
+    def load_networks(self, which: str, config: Config, classes: list[str]) -> list[Network]:
         """The networks of weights/WHICH.pt in eval mode.
 
         Raises:
@@ -150,6 +150,6 @@ class RunDirectory:
         return networks
 
 
-def ensemble(networks: list[Classifier], images: torch.Tensor) -> torch.Tensor:
+def ensemble(networks: list[Network], images: torch.Tensor) -> torch.Tensor:
     """Sum of the networks' logits (b, C), float32."""
-    return torch.stack([network(images).float() for network in networks]).sum(0)
+    return torch.stack([network.logits(images).float() for network in networks]).sum(0)

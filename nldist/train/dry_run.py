@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from nldist.config import Config, EngineSection
@@ -12,6 +12,7 @@ from nldist.dist.deepspeed_settings import read_own_settings
 from nldist.dist.engine import num_moments
 from nldist.dist.world import World
 from nldist.methods.build import build_method
+from nldist.models import Network
 from nldist.passes.context import Context
 from nldist.passes.method import Method, Phase
 from nldist.run.directory import RunDirectory
@@ -131,7 +132,7 @@ def _largest_batch_bytes(context: Context) -> int:
     return largest * context.config.train.eval_batch_size
 
 
-def _activation_bytes(context: Context, model: nn.Module) -> float:
+def _activation_bytes(context: Context, model: Network) -> float:
     """Memory that a training forward keeps for its backward, per image."""
     batch = _probe(context, "train")
     images = context.view(batch, 0, 0)
@@ -143,7 +144,8 @@ def _activation_bytes(context: Context, model: nn.Module) -> float:
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model.train()(images).logsumexp(1).sum()
+        (output,) = model.train()((images, next(iter(model.heads))))
+        loss = output.logsumexp(1).sum()
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     del loss
     return sum(size for pointer, size in sizes.items() if pointer not in parameters) / len(images)

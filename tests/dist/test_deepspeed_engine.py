@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from nldist.config import Config
 from nldist.dist.build_engine import build_engine
 from nldist.dist.deepspeed_settings import deepspeed_settings
-from nldist.dist.engine import Engine
+from nldist.dist.engine import Backbone, Engine
 from nldist.dist.world import World
 from nldist.errors import UserError
-from nldist.models.classifier import Classifier
-from nldist.models.two_heads import TwoHeads
+from nldist.models import Network
+from tests.networks import Flat, Plain
 from tests.ranks import run_ranks
 
 STAGES = [0, 1, 2]
@@ -41,7 +41,7 @@ def network(number: int) -> nn.Module:
     """With sizes that no number of ranks divides."""
     torch.manual_seed(number)
     stem = [nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten()]
-    return nn.Sequential(*stem, nn.Linear(5 * 16, 7), nn.Linear(7, 3))
+    return Plain(nn.Sequential(*stem, nn.Linear(5 * 16, 7), nn.Linear(7, 3)))
 
 
 def batch(step: int, world: World) -> tuple[Tensor, Tensor]:
@@ -51,9 +51,11 @@ def batch(step: int, world: World) -> tuple[Tensor, Tensor]:
     return images[world.rank :: world.size], labels[world.rank :: world.size]
 
 
-def descend(engine: Engine, world: World, step: int) -> float:
+def descend(
+    engine: Engine, world: World, step: int, outputs: tuple[str, ...] = (), backbone: Backbone = "learns"
+) -> float:
     images, labels = batch(step, world)
-    loss = F.cross_entropy(engine.forward(images), labels)
+    loss = F.cross_entropy(engine.forward((images, *outputs), backbone=backbone)[0], labels)
     engine.step(loss, 0.1 / (1 + step))
     return loss.item()
 
@@ -109,7 +111,7 @@ def in_pairs(world: World, settings: Config) -> tuple[list[float], Weights]:
     losses = []
     for step in range(4):
         (one, labels), (other, _) = batch(step, world), batch(step + 10, world)
-        first, second = engine.forward_each(one, other[:-1])
+        first, second = engine.forward((one,), (other[:-1],))
         loss = F.cross_entropy(first, labels) + second.square().mean()
         engine.step(loss, 0.1)
         losses.append(loss.item())
@@ -126,14 +128,12 @@ def test_steps_of_two_forwards_are_those_of_ddp(stage: int) -> None:
 def in_parts(world: World, settings: Config) -> tuple[list[float], Weights]:
     """A network of which a step leaves out the second head, then the backbone too, then the first head."""
     torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(5 * 16, 7))
-    model = TwoHeads(Classifier(backbone, 7, 3))
+    backbone = Flat(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(5 * 16, 7))
+    model = Network(backbone, 7, classify=nn.Linear(7, 3), cluster=nn.Linear(7, 3))
     engine = build_engine(model, settings, world, partly=True)
     engine.start_pass(9, 0)
-    losses = []
-    for step, (active, frozen) in enumerate([("classify", False), ("classify", True), ("cluster", False)] * 3):
-        model.active, model.classifier.frozen = active, frozen  # type: ignore[assignment]
-        losses.append(descend(engine, world, step))
+    asked: list[tuple[str, Backbone]] = [("classify", "learns"), ("classify", "follows"), ("cluster", "learns")]
+    losses = [descend(engine, world, step, (head,), how) for step, (head, how) in enumerate(asked * 3)]
     return losses, weights_of(engine.model)
 
 
@@ -201,7 +201,7 @@ def predictions(world: World, settings: Config) -> Weights:
         descend(engine, world, step)
     engine.finish_pass()
     images, _ = batch(9, World.single())
-    return [engine.evaluate(images).numpy() for _ in range(world.rank)]
+    return [engine.evaluate(images)[0].numpy() for _ in range(world.rank)]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -219,7 +219,7 @@ def in_bf16(world: World, settings: Config) -> tuple[list[float], Weights]:
     engine.start_pass(4, 0)
     losses = [descend(engine, world, step) for step in range(4)]
     assert {p.dtype for p in engine.model.parameters()} == {torch.float32}
-    return losses, [engine.predict(batch(9, world)[0]).numpy()]
+    return losses, [engine.predict(batch(9, world)[0])[0].numpy()]
 
 
 @pytest.mark.parametrize("stage", STAGES)

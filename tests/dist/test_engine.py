@@ -6,6 +6,7 @@ from torch import nn
 from nldist.config import Config
 from nldist.dist.engine import DDPEngine, batch_factor, build_optimizer, learning_rate
 from nldist.dist.world import World
+from tests.networks import Plain
 from tests.ranks import run_ranks
 
 
@@ -25,11 +26,11 @@ TARGETS = torch.randn(24, 2, generator=torch.Generator().manual_seed(1), dtype=t
 
 def train(world: World, options: dict[str, object], num_batches: int) -> list[np.ndarray]:
     """Squared loss over `num_batches` steps, each rank taking its part of every batch."""
-    engine = DDPEngine(network(), config(**options), world)
+    engine = DDPEngine(Plain(network()), config(**options), world)
     engine.start_pass(num_batches, 0)
     for images, targets in zip(IMAGES.chunk(num_batches), TARGETS.chunk(num_batches), strict=True):
         mine = slice(world.rank * len(images) // world.size, (world.rank + 1) * len(images) // world.size)
-        loss = (engine.forward(images[mine]).double() - targets[mine]).square().mean()
+        loss = (engine.forward((images[mine],))[0] - targets[mine]).square().mean()
         engine.step(loss, 0.1)
     return [p.detach().numpy() for p in engine.model.parameters()]
 
@@ -76,9 +77,9 @@ def two_parts(rank: int, size: int) -> list[torch.Tensor]:
 
 def several_forwards(world: World, size: int) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
     """Logits, weights and buffers after a step on two batches of unequal size of each of `size` ranks."""
-    engine = DDPEngine(norms(), config(momentum=0, weight_decay=0), world)
+    engine = DDPEngine(Plain(norms()), config(momentum=0, weight_decay=0), world)
     engine.start_pass(1, 0)
-    first, second = engine.forward_each(*two_parts(world.rank, size))
+    first, second = engine.forward(*((part,) for part in two_parts(world.rank, size)))
     engine.step(first.square().mean() + 2 * second.square().mean(), 0.1)
     found = ([first, second], engine.model.parameters(), engine.model.buffers())
     return tuple([value.detach().numpy() for value in values] for values in found)  # type: ignore[return-value]
@@ -105,11 +106,11 @@ def test_several_forwards_of_a_step_have_batch_statistics_of_their_own(size: int
 
 def test_average_weights_follow_the_decay() -> None:
     values = config().model_dump() | {"train": {"epochs": 10, "ema_decay": 0.9}}
-    engine = DDPEngine(network(), Config.model_validate(values), World.single())
+    engine = DDPEngine(Plain(network()), Config.model_validate(values), World.single())
     engine.start_pass(2, 0)
     weights = []
     for _ in range(2):
-        engine.step((engine.forward(IMAGES).double() - TARGETS).square().mean(), 0.1)
+        engine.step((engine.forward((IMAGES,))[0] - TARGETS).square().mean(), 0.1)
         weights.append(next(engine.model.parameters()).detach().clone())
     # the first update copies the weights, each later one moves a tenth of the way
     expected = 0.9 * weights[0] + 0.1 * weights[1]
@@ -119,11 +120,11 @@ def test_average_weights_follow_the_decay() -> None:
 
 
 def buffers_after_a_pass(world: World) -> list[float]:
-    engine = DDPEngine(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2)), config(), world)
+    engine = DDPEngine(Plain(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2))), config(), world)
     engine.start_pass(1, 0)
     engine.predict(torch.full((4, 3, 1, 1), float(world.rank)))
     engine.finish_pass()
-    mean: list[float] = engine.model[0].running_mean.tolist()
+    mean: list[float] = engine.model.module[0].running_mean.tolist()
     return mean
 
 

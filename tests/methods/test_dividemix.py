@@ -12,6 +12,7 @@ from nldist.data.plan import Plan
 from nldist.data.stream import Batch, Stream
 from nldist.dist.world import World
 from nldist.methods.dividemix import DivideMix, DividePass, SweepPass
+from nldist.models import Network
 from nldist.passes.base import Pass
 from nldist.passes.evaluate import EvaluationPass
 from nldist.train.loop import build_context
@@ -79,14 +80,19 @@ def test_an_epoch_whose_samples_all_fall_on_one_side_still_trains(probability: f
 
 
 def reference_targets(
-    own: torch.nn.Module, peer: torch.nn.Module, x: list[Tensor], u: list[Tensor], y: Tensor, w: Tensor
+    own: Network, peer: Network, x: list[Tensor], u: list[Tensor], y: Tensor, w: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Co-refinement and co-guessing as algorithms 2.b steps 3 states them (our own reference)."""
     own.train()
     peer.eval()
     with torch.no_grad():
-        p_x = (own(x[0]).softmax(1) + own(x[1]).softmax(1)) / 2
-        q_u = (own(u[0]).softmax(1) + own(u[1]).softmax(1) + peer(u[0]).softmax(1) + peer(u[1]).softmax(1)) / 4
+        p_x = (own.logits(x[0]).softmax(1) + own.logits(x[1]).softmax(1)) / 2
+        q_u = (
+            own.logits(u[0]).softmax(1)
+            + own.logits(u[1]).softmax(1)
+            + peer.logits(u[0]).softmax(1)
+            + peer.logits(u[1]).softmax(1)
+        ) / 4
     q_x = w[:, None] * F.one_hot(y, 10) + (1 - w[:, None]) * p_x
     return tuple(q**2 / (q**2).sum(1, keepdim=True) for q in (q_x, q_u))  # type: ignore[return-value]
 
@@ -109,7 +115,7 @@ def test_one_step_against_the_equations(digits: Path) -> None:
 
     images, targets = torch.cat([*views_x, *views_u]), torch.cat([t_x, t_x, t_u, t_u])
     mixed, mixed_targets = task._mix(images, targets, 2 * len(x.ids), 0)
-    logits = method.engines[0].model.train()(mixed)
+    logits = method.engines[0].model.train().logits(mixed)
     p, half = logits.softmax(1), 2 * len(x.ids)
     loss_x = -(mixed_targets[:half] * logits[:half].log_softmax(1)).sum(1).mean()
     loss_u = ((p[half:] - mixed_targets[half:]) ** 2).mean()

@@ -16,7 +16,7 @@ from nldist.config.file import load_config
 from nldist.data.stream import Batch
 from nldist.dist.world import World
 from nldist.methods.dividemix import DivideMix, DividePass
-from nldist.models import Classifier, build_model
+from nldist.models import Network, build_model
 from nldist.train.loop import build_context
 from tests.conftest import REPOSITORY
 from tests.ranks import run_ranks
@@ -42,7 +42,7 @@ def images(k: int) -> Tensor:
     return torch.sin(0.001 * i * (k + 1) + 0.3 * k + 0.05 * (i % 97)).view(8, 3, 32, 32)
 
 
-def network(seed: int) -> Classifier:
+def network(seed: int) -> Network:
     torch.manual_seed(seed)
     return build_model("preact_resnet18", 10)
 
@@ -65,8 +65,8 @@ def test_the_network_is_the_released_one(dtype: torch.dtype, memory_format: torc
     model = network(11).to(dtype).to(memory_format=memory_format)  # type: ignore[call-overload]
     pixels = images(0).to(dtype).contiguous(memory_format=memory_format)
     with torch.no_grad():
-        assert_as_released(model.eval()(pixels), RELEASED["logits_eval"], dtype)
-        assert_as_released(model.train()(pixels), RELEASED["logits_train"], dtype)
+        assert_as_released(model.eval().logits(pixels), RELEASED["logits_eval"], dtype)
+        assert_as_released(model.train().logits(pixels), RELEASED["logits_train"], dtype)
     for name, released in RELEASED["running_after_train_forward"].items():
         assert_as_released(buffer(model, name), released, dtype)
 

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from nldist.config.file import load_config
@@ -12,8 +12,7 @@ from nldist.data.stream import Batch, Stream
 from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.methods.scanmix import ScanMix
-from nldist.models import Classifier, build_model
-from nldist.models.two_heads import TwoHeads
+from nldist.models import Network, build_model
 from nldist.passes.base import Pass
 from nldist.pretext.mine import GRAPH_FILE
 from nldist.pretext.scan import Scan, ValidationPass, whole_pairs
@@ -60,9 +59,8 @@ def run(method: Any, task: Pass, num_steps: int | None = None) -> dict[str, Any]
     return task.finish()
 
 
-def network(method: ScanMix, number: int = 0) -> TwoHeads:
-    model = method.engines[number].model
-    assert isinstance(model, TwoHeads)
+def network(method: ScanMix, number: int = 0) -> Network:
+    model: Network = method.engines[number].model
     return model
 
 
@@ -76,7 +74,7 @@ def changed(before: State, after: State) -> set[str]:
     for name, value in before.items():
         if not torch.equal(value, after[name]):
             statistics = "running" in name or "num_batches" in name
-            parts.add("statistics" if statistics else name.removeprefix("classifier.").partition(".")[0])
+            parts.add("statistics" if statistics else name.partition(".")[0])
     return parts
 
 
@@ -85,9 +83,9 @@ def test_both_networks_and_all_heads_begin_from_the_clustering(digits: Path, pro
     state = torch.load(products["cluster"] / "weights" / "best.pt", weights_only=True)["networks"][0]
     for number in (0, 1):
         assert all(
-            torch.equal(value, state[name]) for name, value in network(method, number).classifier.state_dict().items()
+            torch.equal(value, state[name]) for name, value in network(method, number).classifier_state().items()
         )
-        assert torch.equal(network(method, number).cluster_head.weight, state["head.weight"])
+        assert torch.equal(network(method, number).heads["cluster"].weight, state["head.weight"])
 
 
 def phase_changes(world: World, digits: Path, products: dict[str, Path]) -> dict[str, set[str]]:
@@ -149,14 +147,14 @@ def test_one_clustering_step_against_the_equation(size: int, digits: Path, produ
             valid = [j for j in (anchor, *graph[anchor]) if other[j] == other[anchor]]
             assert partner in valid, "by the other network's predictions"
 
-    model = TwoHeads(build_model("small_cnn", 10))
+    model = build_model("small_cnn", 10).add("cluster", nn.Linear(128, 10))
     model.load_state_dict(results[0]["before"])
-    model.active = "cluster"
-    parameters = {n: p for n, p in model.named_parameters() if not n.startswith("classifier.head")}
+    parameters = {n: p for n, p in model.named_parameters() if not n.startswith("head.")}
     log_p: list[list[Tensor]] = []
     for result in results:
         running = copies(dict(model.named_buffers()))  # the rank's own
-        log_p.append([functional_call(model, running, part).log_softmax(1) for part in result["images"]])
+        calls = tuple((part, "cluster") for part in result["images"])
+        log_p.append([logits.log_softmax(1) for logits in functional_call(model, running, calls)])
         for name, value in running.items():
             torch.testing.assert_close(result["after"][name], value, rtol=1e-5, atol=1e-6)
     p_a, p_n = (torch.cat([pair[n] for pair in log_p]).exp() for n in (0, 1))
@@ -224,7 +222,7 @@ def test_the_weights_are_those_of_plain_classifiers(digits: Path, products: dict
     plain.load_state_dict(method.weights()[0])
     images = torch.randn(4, 3, 8, 8)
     with torch.no_grad():
-        torch.testing.assert_close(2 * plain.eval()(images), method.logits(images))
+        torch.testing.assert_close(2 * plain.eval().logits(images), method.logits(images))
 
 
 # SCAN
@@ -287,11 +285,11 @@ def all_images(method: Scan) -> list[tuple[int, Tensor]]:
 def test_the_result_is_a_classifier_with_the_chosen_head(digits: Path, products: dict[str, Path]) -> None:
     method = build_scan(digits, products, "cluster.num_heads=4")
     method.best_head = 2
-    plain: Classifier = build_model("small_cnn", 10)
+    plain = build_model("small_cnn", 10)
     plain.load_state_dict(method.weights()[0])
     images = torch.randn(4, 3, 8, 8)
     with torch.no_grad():
-        torch.testing.assert_close(plain.eval()(images), method.logits(images))
+        torch.testing.assert_close(plain.eval().logits(images), method.logits(images))
     again = build_scan(digits, products, "cluster.num_heads=4")
     state = method.state_dict()
     again.load_state_dict(state)
@@ -306,7 +304,7 @@ def test_scan_with_a_frozen_backbone_trains_the_head_alone(digits: Path, product
     before = copies(method.engines[0].model.state_dict())
     run(method, method.phases()[0].passes(0)[0], 3)
     after = method.engines[0].model.state_dict()
-    assert changed(before, after) == {"heads"}
+    assert changed(before, after) == {"cluster_head"}
 
 
 def one_step_on_parts(

@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from nldist.dist.engine import Backbone
 from nldist.errors import UserError
-from nldist.models import Classifier, build_model, check_revision, model_names
+from nldist.models import Network, build_model, check_revision, model_names
 from tests.conftest import REPOSITORY
+from tests.networks import Flat
 
 
 def num_parameters(module: nn.Module) -> int:
@@ -52,17 +54,17 @@ def test_logits_are_the_head_of_the_features(name: str, size: int, memory_format
     images = torch.randn(2, 3, size, size).contiguous(memory_format=memory_format)
     features = model.features(images)
     assert features.shape == (2, model.num_features)
-    assert model(images).shape == (2, 7)
-    torch.testing.assert_close(model(images), model.head(features))
+    assert model.logits(images).shape == (2, 7)
+    torch.testing.assert_close(model.logits(images), model.heads["classify"](features))
 
 
 def test_channels_last_gives_the_same_logits() -> None:
     images = torch.randn(4, 3, 32, 32)
     for name in ("small_cnn", "preact_resnet18", "resnet18_cifar"):
         model = build_model(name, 5).eval()
-        expected = model(images)
+        expected = model.logits(images)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        got = model(images.contiguous(memory_format=torch.channels_last))
+        got = model.logits(images.contiguous(memory_format=torch.channels_last))
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -71,10 +73,10 @@ def test_batch_norm_follows_the_mode() -> None:
     model = build_model("small_cnn", 3)
     buffers = {key: value.clone() for key, value in model.named_buffers()}
     model.eval()
-    assert torch.allclose(model(images[:1]), model(images)[:1], atol=1e-6)
+    assert torch.allclose(model.logits(images[:1]), model.logits(images)[:1], atol=1e-6)
     assert all(torch.equal(value, buffers[key]) for key, value in model.named_buffers())
     model.train()
-    assert not torch.allclose(model(images[:8])[:1], model(images)[:1], atol=1e-4)
+    assert not torch.allclose(model.logits(images[:8])[:1], model.logits(images)[:1], atol=1e-4)
     assert not all(torch.equal(value, buffers[key]) for key, value in model.named_buffers())
 
 
@@ -92,11 +94,11 @@ def test_resnet18_cifar_begins_from_kaiming_normal_convolutions() -> None:
 
 
 def test_preact_resnet18_is_dividemixs_variant() -> None:
-    backbone = build_model("preact_resnet18", 10).backbone
+    model = build_model("preact_resnet18", 10)
+    backbone = model.backbone
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     assert len(norms) == 1 + 8 * 2  # one behind the stem, two in each block, none at the end or in shortcuts
-    backbone.eval()
-    features = backbone(torch.randn(8, 3, 32, 32))
+    features = model.eval().features(torch.randn(8, 3, 32, 32))
     assert features.min() < 0  # no ReLU before the pooling
 
 
@@ -123,7 +125,7 @@ def test_networks_are_the_released_ones(name: str, side: int) -> None:
     i = torch.arange(3 * 3 * side * side, dtype=torch.float64)
     images = torch.sin(0.01 * i + 0.05 * (i % 97)).view(3, 3, side, side)
     with torch.no_grad():
-        for mode, logits in (("eval", model.eval()(images)), ("train", model.train()(images))):
+        for mode, logits in (("eval", model.eval().logits(images)), ("train", model.train().logits(images))):
             expected = torch.tensor(released[f"logits_{mode}"], dtype=torch.float64)
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9 * expected.abs().max().item())
 
@@ -151,7 +153,7 @@ def test_small_cnn_learns() -> None:
     model = build_model("small_cnn", 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(15):
-        loss = nn.functional.cross_entropy(model(images), labels)
+        loss = nn.functional.cross_entropy(model.logits(images), labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -181,7 +183,7 @@ def test_pretrained_classifier(tmp_path: Path, suffix: str) -> None:
     assert same_weights(build_model("small_cnn", 6, pretrained=path), source)
     other = build_model("small_cnn", 9, pretrained=path)
     assert same_weights(other.backbone, source.backbone)
-    assert other.head.out_features == 9
+    assert other.heads["classify"].out_features == 9
 
 
 def test_pretrained_timm_checkpoint(tmp_path: Path) -> None:
@@ -189,7 +191,7 @@ def test_pretrained_timm_checkpoint(tmp_path: Path) -> None:
     torch.save(source.state_dict(), tmp_path / "r.pth")
     images = torch.randn(2, 3, 64, 64)
     model = build_model("resnet10t", 12, pretrained=tmp_path / "r.pth").eval()
-    torch.testing.assert_close(model(images), source.eval()(images))
+    torch.testing.assert_close(model.logits(images), source.eval()(images))
     fewer = build_model("resnet10t", 5, pretrained=tmp_path / "r.pth").eval()
     torch.testing.assert_close(fewer.features(images), model.features(images))
 
@@ -223,6 +225,63 @@ def test_an_unreadable_checkpoint_is_a_user_error(tmp_path: Path, content: str) 
         build_model("small_cnn", 10, pretrained=path)
 
 
-def test_classifier_takes_any_backbone() -> None:
-    model = Classifier(nn.Flatten(), 12, 3)
-    assert model(torch.randn(5, 3, 2, 2)).shape == (5, 3)
+@pytest.mark.parametrize(
+    "name", ["small_cnn", "preact_resnet18", "resnet18_cifar", "resnet10t", "mobilenetv3_small_050"]
+)
+def test_every_backbone_gives_maps_and_features(name: str) -> None:
+    """timm's two methods; the pooled features are what the linear head sees."""
+    model = build_model(name, 3).eval()
+    maps, features, logits = model((torch.randn(2, 3, 64, 64), "maps", "features", "classify"))
+    assert maps.ndim == 4
+    assert features.shape == (2, model.num_features)
+    torch.testing.assert_close(logits, model.heads["classify"](features))
+
+
+def small() -> Network:
+    torch.manual_seed(2)
+    backbone = Flat(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
+    return Network(backbone, 16, classify=nn.Linear(16, 3), cluster=nn.Linear(16, 5))
+
+
+def test_calls_are_forwards_one_after_the_other() -> None:
+    one, other = torch.randn(6, 3, 4, 4), torch.randn(9, 3, 4, 4)
+    together, apart = small(), small()
+    outputs = together((one, "classify"), (other, "cluster", "features"))
+    expected = [apart.logits(one), *apart((other, "cluster", "features"))]
+    for got, want in zip(outputs, expected, strict=True):
+        assert torch.equal(got, want)
+    assert all(torch.equal(a, b) for a, b in zip(together.buffers(), apart.buffers(), strict=True))
+    assert list(together.heads) == ["classify", "cluster"]
+    assert list(together.drop("classify").heads) == ["cluster"]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "learns", "follows"), [("learns", True, True), ("follows", False, True), ("stays", False, False)]
+)
+def test_what_becomes_of_the_backbone_is_said_with_the_call(backbone: Backbone, learns: bool, follows: bool) -> None:
+    model = small().train()
+    before = model.backbone[1].running_mean.clone()  # type: ignore[index]
+    (logits,) = model((torch.randn(6, 3, 4, 4) + 1, "classify"), backbone=backbone)
+    logits.sum().backward()
+    assert (model.backbone[0].weight.grad is not None) == learns  # type: ignore[index]
+    assert model.heads["classify"].weight.grad is not None
+    assert (not torch.equal(model.backbone[1].running_mean, before)) == follows  # type: ignore[index]
+    assert model.backbone.training, "the mode is the network's"
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_checkpoints_of_the_release_before_fit(prefix: str) -> None:
+    """Two heads around a classifier; several clusterings in one head; also within an average of the weights."""
+    model, other = small(), small()
+    nn.init.zeros_(other.backbone[0].weight)  # type: ignore[index,arg-type]
+    for old_cluster, without in (("cluster_head.", ()), ("heads.", ("head.",))):
+        state = {}
+        for key, value in model.state_dict().items():
+            if key.startswith("cluster_head."):
+                state[prefix + key.replace("cluster_head.", old_cluster)] = value
+            elif not key.startswith(without):
+                state[f"{prefix}classifier.{key}"] = value
+        target = other.drop("classify") if without else other
+        holder = nn.ModuleDict({"module": target}) if prefix else target
+        holder.load_state_dict(state)
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in target.state_dict().items())

@@ -90,8 +90,8 @@ def test_one_step_against_the_equations(digits: Path) -> None:
     network, queue = method.engines[0].model, method.queue.clone()
     before = [p.detach().clone() for p in network.parameters()]
     encoder = [p.clone() for p in method.encoder.parameters()]
-    key = method.encoder(second)
-    query = network(first)
+    (key,) = method.encoder((second, "project"))
+    (query,) = network((first, "project"))
     logits = torch.cat([(query * key).sum(1, keepdim=True), query @ queue.T], 1) / 0.1
     loss = -logits.log_softmax(1)[:, 0].mean()
     gradients = torch.autograd.grad(loss, list(network.parameters()))
