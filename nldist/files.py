@@ -1,11 +1,30 @@
 """Files that are never half there."""
 
+import contextlib
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write a file to. When all went well, and all is on disk, it becomes `path`; else it goes.
+
+    Raises:
+        OSError: the file cannot be written or renamed.
+    """
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # no other process, on any node, has the same one
+    try:
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text)
-    os.replace(aside, path)
+    """Replace a file as a whole."""
+    with replacing(path) as aside:
+        aside.write_text(text)

@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +12,7 @@ from urllib.parse import urlparse
 import webdataset
 
 from nldist.errors import UserError
+from nldist.files import replacing
 
 # webdataset's secure mode: no `pipe:` commands, no rewriting of addresses through the environment, no pickle.
 webdataset.utils.enforce_security = True
@@ -102,17 +102,14 @@ class ShardCache:
 
 
 def _copy(url: str, path: Path, sha256: str | None) -> None:
-    handle, aside = tempfile.mkstemp(".part", path.stem, path.parent)
     digest = hashlib.sha256()
     try:
-        with os.fdopen(handle, "wb") as out, webdataset.gopen(url, "rb") as stream:
-            while block := stream.read(_BLOCK):
-                digest.update(block)
-                out.write(block)
-        if sha256 is not None and digest.hexdigest() != sha256:
-            raise UserError(f"shard {url}: what arrived differs from what dataset.json names (SHA-256)")
-        os.replace(aside, path)
+        with replacing(path) as aside:
+            with aside.open("wb") as out, webdataset.gopen(url, "rb") as stream:
+                while block := stream.read(_BLOCK):
+                    digest.update(block)
+                    out.write(block)
+            if sha256 is not None and digest.hexdigest() != sha256:
+                raise UserError(f"shard {url}: what arrived differs from what dataset.json names (SHA-256)")
     except (OSError, ValueError) as error:
         raise UserError(f"shard {url}: cannot be copied to {path.parent} ({error})") from error
-    finally:
-        Path(aside).unlink(missing_ok=True)

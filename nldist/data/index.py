@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nldist.errors import UserError
+from nldist.files import replacing
 
 FORMAT_VERSION = 1
 
@@ -181,18 +181,10 @@ class Index:
     def _write(self, paths: list[Path]) -> Path:
         """Write the columns' file to the first of `paths` whose directory can be written to."""
         for path in paths:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                handle, aside = tempfile.mkstemp(".part", path.stem, path.parent)
-            except OSError:
+            if not _can_be_written(path.parent):
                 continue
-            os.close(handle)
-            try:
+            with replacing(path) as aside:
                 _write_records(self._parquet, aside, self)
-                os.chmod(aside, 0o644)
-                os.replace(aside, path)
-            finally:
-                Path(aside).unlink(missing_ok=True)
             for stale in path.parent.glob(path.name.replace(self._stamp, "*")):
                 if stale != path:
                     stale.unlink(missing_ok=True)
@@ -249,7 +241,16 @@ def _read_columns(path: Path, columns: list[str]) -> pa.Table:
         raise UserError(f"{path}: cannot be read ({error})") from error
 
 
-def _write_records(parquet: Path, target: str, index: Index) -> None:
+def _can_be_written(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def _write_records(parquet: Path, target: Path, index: Index) -> None:
     """Write the columns of `parquet` to the .npy file `target`, a batch of rows at a time, checking them."""
     names = list(RECORD.names or ())
     try:

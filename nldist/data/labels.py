@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from nldist.data.index import Index
 from nldist.data.make.sources.csv import CsvSource
+from nldist.data.manifest import writing
 from nldist.errors import UserError
 
 CLEAN = "clean"
@@ -120,15 +121,9 @@ def write_label_set(root: str | Path, split: str, name: str, labels: np.ndarray)
         if not _holds(path, table):
             raise UserError(f"{path} exists and holds other labels: choose another name")
         return path
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with writing(path) as aside:
         path.parent.mkdir(exist_ok=True)
         pq.write_table(table, aside)
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
     return path
 
 

@@ -1,30 +1,29 @@
 """dataset.json, and files that appear whole or not at all."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nldist.errors import UserError
+from nldist.files import replacing
 
 FORMAT_VERSION = 1
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to, and rename it to `path` when all went well."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+def writing(path: Path) -> Iterator[Path]:
+    """`replacing`, for what a command of the user's writes.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     try:
-        yield aside
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        with replacing(path) as aside:
+            yield aside
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; what is done stays, so run again") from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read_dataset(root: Path) -> dict[str, Any]:
@@ -55,5 +54,5 @@ def known_classes(root: Path, split: str) -> list[str] | None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
-    with replacing(path) as aside:
+    with writing(path) as aside:
         aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -19,6 +19,7 @@ import torch
 from nldist.dist.table import SampleTable
 from nldist.dist.world import World
 from nldist.errors import UserError
+from nldist.files import replacing
 
 _NAME = re.compile(r"e(\d+)-p(\d+)-s(\d+)")
 
@@ -173,10 +174,9 @@ def _save(value: Any, path: Path) -> None:
 
 
 def save_file(value: Any, path: Path) -> None:
-    """torch.save to `path`, written aside and renamed."""
-    aside = path.with_name(path.name + ".part")
-    _save(value, aside)
-    os.replace(aside, path)
+    """torch.save to `path`, which is replaced as a whole."""
+    with replacing(path) as aside:
+        _save(value, aside)
 
 
 def load_file(path: Path, *, mmap: bool = False) -> Any:

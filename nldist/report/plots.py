@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nldist.files import replacing
+
 # Okabe and Ito's palette: distinguishable with any colour vision.
 BLUE, ORANGE, GREEN, PINK, RED, SKY, BLACK = (
     "#0072B2",
@@ -166,6 +168,5 @@ def _figure(path: Path, title: str, inches: tuple[float, float]) -> Iterator[Any
     axes.set_title(title)
     yield axes
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, format="png")
-    part.replace(path)
+    with replacing(path) as aside:
+        figure.savefig(aside, format="png")

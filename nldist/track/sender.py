@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nldist.files import write_text
 from nldist.track.jsonl import JsonLines, read_lines, to_number
 from nldist.track.store import artifact_root, connect, masked, valid_name
 
@@ -67,9 +68,7 @@ class State:
 
     def save(self, run_dir: Path) -> None:
         """Replace RUN/.mlflow.json in one step."""
-        part = run_dir / f"{STATE_FILE}.part"
-        part.write_text(json.dumps(asdict(self)))
-        part.replace(run_dir / STATE_FILE)
+        write_text(run_dir / STATE_FILE, json.dumps(asdict(self)))
 
 
 class Sender:

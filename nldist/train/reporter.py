@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nldist.files import replacing
 from nldist.passes.base import Curves, Split
 from nldist.passes.context import Context
 from nldist.report import plots
@@ -141,6 +142,5 @@ def write_samples(path: Path, context: Context, columns: Mapping[str, np.ndarray
     table = index.append_column("label", pa.array(context.labels))
     for name, values in columns.items():
         table = table.append_column(name, pa.array(values))
-    aside = path.with_suffix(".part")
-    pq.write_table(table, aside)
-    aside.replace(path)
+    with replacing(path) as aside:
+        pq.write_table(table, aside)

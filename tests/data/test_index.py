@@ -1,3 +1,4 @@
+import errno
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import tempfile
 import textwrap
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -76,14 +78,14 @@ def test_a_data_set_written_again_is_read_anew(root: Path) -> None:
 def test_read_only_data_set_uses_the_cache_directory(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_temporary = tempfile.mkstemp
+    make_temporary = tempfile.TemporaryFile
 
-    def refuse_in_root(suffix: str, prefix: str, directory: Path) -> tuple[int, str]:
-        if root in directory.parents:
-            raise PermissionError(13, "Permission denied")
-        return make_temporary(suffix, prefix, str(directory))
+    def refuse_in_root(dir: Path) -> Any:
+        if root in dir.parents:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return make_temporary(dir=dir)
 
-    monkeypatch.setattr(tempfile, "mkstemp", refuse_in_root)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse_in_root)
     with pytest.raises(UserError, match=r"read-only: set data\.cache_dir"):
         Index.open(root, "train")
     index = Index.open(root, "train", tmp_path / "cache")

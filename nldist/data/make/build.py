@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nldist.data.manifest import FORMAT_VERSION, known_classes, read_dataset, replacing, write_json
+from nldist.data.manifest import FORMAT_VERSION, known_classes, read_dataset, write_json, writing
 from nldist.errors import UserError
 
 ROW_GROUP = 65_536
@@ -120,7 +120,7 @@ class Build:
         columns = zip(*records, strict=True) if records else ([] for _ in RECORD)
         arrays = [pa.array(column, field.type) for column, field in zip(columns, RECORD, strict=True)]
         table = pa.table(arrays, RECORD.with_metadata({"facts": json.dumps(facts)}))
-        with replacing(self._sidecar(number)) as aside:
+        with writing(self._sidecar(number)) as aside:
             pq.write_table(table, aside)
 
     def is_settled(self, number: int, on_bad: str) -> bool:
@@ -162,7 +162,7 @@ class Build:
         if summary.num_samples == 0:
             raise UserError(f"no image is left for {self.folder}; see {self.root / 'rejected.jsonl'}")
         index = self._index(shards)
-        with replacing(self.folder / "index.parquet") as aside:
+        with writing(self.folder / "index.parquet") as aside:
             pq.write_table(index, aside, row_group_size=ROW_GROUP)
         largest = pc.max(index["label"]).as_py()
         self._write_dataset(shards, classes or [str(label) for label in range(largest + 1)], name)
@@ -227,7 +227,7 @@ class Build:
         if not lines:
             path.unlink(missing_ok=True)
             return
-        with replacing(path) as aside:
+        with writing(path) as aside:
             aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     def _rejected_lines(self, own: bool) -> list[dict[str, str]]:

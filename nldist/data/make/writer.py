@@ -19,7 +19,7 @@ from nldist.data.make.build import Build, Record, Rejected, ShardFacts, Summary
 from nldist.data.make.images import BadImageError, Encoded, Limits, normalise
 from nldist.data.make.parallel import run_jobs
 from nldist.data.make.sources.base import Listing, Source
-from nldist.data.manifest import replacing
+from nldist.data.manifest import writing
 from nldist.errors import UserError
 
 
@@ -87,7 +87,7 @@ def write_shard(source: Source, build: Build, limits: Limits, resize: int | None
     """Write one shard and its sidecar, and return the number of images looked at."""
     records, rejected = [], []
     path = build.shard_path(job.number)
-    with replacing(path) as aside, aside.open("wb") as file:
+    with writing(path) as aside, aside.open("wb") as file:
         shard = ShardWriter(file)
         for row in zip(*(column.to_pylist() for column in job.rows.columns), strict=True):
             raw_path, key, label = row
