@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -34,6 +35,22 @@ def known(error: BaseException) -> BaseException:
         where = error.filename or "a file of the run"
         return UserError(f"{where}: {error.strerror}; free some space, then the same command goes on")
     return error
+
+
+class _Lines(logging.StreamHandler):
+    """To what is stdout now: tests and launchers replace it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.setStream(sys.stdout)
+        super().emit(record)
+
+
+def show_messages(is_main: bool) -> None:
+    """Print what nldist's modules have to tell as lines: on rank 0 all of it, on others what is a warning."""
+    logger = logging.getLogger("nldist")
+    if not logger.handlers:
+        logger.addHandler(_Lines())
+    logger.setLevel(logging.INFO if is_main else logging.WARNING)
 
 
 def one_line(error: BaseException) -> str:

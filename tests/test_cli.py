@@ -1,9 +1,11 @@
 import json
+import logging
 from pathlib import Path
 
 import pytest
 
 from nldist.cli import main
+from nldist.errors import show_messages
 from tests.conftest import REPOSITORY
 
 DIGITS = str(REPOSITORY / "tests" / "digits.yaml")
@@ -130,3 +132,12 @@ def test_compare_prints_and_writes_the_rows(tmp_path: Path, capsys: pytest.Captu
         "images_per_second": 1234.5,
         "world_size": 2,
     }
+
+
+def test_what_modules_tell_is_printed_on_rank_0(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("nldist.somewhere")
+    for is_main, told in ((True, "INFO WARNING"), (False, "WARNING")):
+        show_messages(is_main)
+        log.info("INFO")
+        log.warning("WARNING")
+        assert capsys.readouterr().out.split() == told.split()

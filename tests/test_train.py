@@ -2,7 +2,9 @@ import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ import torch
 
 import nldist.cli
 from nldist.models import build_model
+from nldist.run.directory import RunDirectory
 from tests.commands import Command
 from tests.conftest import run_tool
 from tests.jobs import output, run_job
+from tests.ranks import CONTEXT, free_port
 
 # A warm-up epoch and two of DivideMix, with checkpoints so frequent that a kill falls between any two of them.
 SHORT = ("train.epochs=3", "method.dividemix.warmup_epochs=1", "train.checkpoint_every_steps=5")
@@ -105,6 +109,63 @@ def old_run(digits: Path, tmp_path: Path) -> Callable[..., tuple[Path, list[str]
 
 
 OTHER_NETWORK = "is of another preact_resnet18: since nldist 0.2 its identity shortcuts carry relu(bn1(x))"
+
+
+def hold(run_dir: Path, told: Connection) -> None:
+    run = RunDirectory(run_dir)
+    run.claim(None)
+    told.send("held")
+    told.recv()
+
+
+def test_a_run_that_has_died_is_told_from_one_that_runs(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = (f"data.root={digits}", "method.name=cross_entropy", "train.epochs=2")
+    assert run_job(run_dir, *arguments, kill=(0, 14)) == [-9]
+    nldist.cli.main(["status", str(run_dir)])
+    assert "state     died: no process has the run directory any more" in capsys.readouterr().out
+    here, there = CONTEXT.Pipe()
+    holder = CONTEXT.Process(target=hold, args=(run_dir, there))
+    holder.start()
+    assert here.recv() == "held"
+    nldist.cli.main(["status", str(run_dir)])
+    assert "state     running" in capsys.readouterr().out
+    here.send("end")
+    holder.join()
+    assert run_job(run_dir, *arguments) == [0]
+    nldist.cli.main(["status", str(run_dir)])
+    assert "state     done" in capsys.readouterr().out
+
+
+def noise_on_a_rank(rank: int, port: int, arguments: list[str], log: Path) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
+    stream = log.open("w")
+    os.dup2(stream.fileno(), 1)
+    sys.exit(nldist.cli.main(["noise", *arguments]))
+
+
+def test_semantic_noise_is_the_same_from_two_ranks(undisturbed: Path, digits: Path, tmp_path: Path) -> None:
+    data = tmp_path / "digits"
+    shutil.copytree(digits, data)
+    arguments = [str(data), "--model", "semantic", "--run", str(undisturbed), "--name"]
+    port, logs = free_port(), [tmp_path / f"{rank}.log" for rank in (0, 1)]
+    ranks = [
+        CONTEXT.Process(target=noise_on_a_rank, args=(rank, port, [*arguments, "two"], log))
+        for rank, log in enumerate(logs)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    run_tool("tools/noise.py", *arguments, "one")
+    one, two = (pq.read_table(data / "train" / "labels" / f"{name}.parquet") for name in ("one", "two"))
+    assert one == two
+    assert "two:" in logs[0].read_text()
+    assert "two:" not in logs[1].read_text(), "rank 0 alone speaks"
 
 
 def test_a_run_of_the_release_before_goes_on(old_run: Callable[..., tuple[Path, list[str]]]) -> None:

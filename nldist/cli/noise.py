@@ -20,6 +20,7 @@ from nldist.data.labels import (
     transition_table,
     write_label_set,
 )
+from nldist.dist.environment import Place
 from nldist.errors import UserError, main_guard
 
 SEMANTIC = "semantic"
@@ -108,6 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     label_set_path(args.dataset, args.split, args.name)
     index = Index.open(args.dataset, args.split)
     labels = from_model(index, args) if args.model else from_csv(index, args)
+    if Place.find().rank:
+        return
     path = write_label_set(index.root, args.split, args.name, labels)
     if args.model:
         record_clean(index)

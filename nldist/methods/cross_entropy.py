@@ -1,13 +1,14 @@
 """Plain cross-entropy on the given labels: the baseline."""
 
-import numpy as np
+from collections.abc import Mapping
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from nldist.dist.engine import Engine
 from nldist.passes.base import Pass
 from nldist.passes.method import Method, Phase
-from nldist.passes.supervised import SupervisedPass
+from nldist.passes.supervised import Step, SupervisedPass
 
 
 class CrossEntropy(Method):
@@ -21,7 +22,7 @@ class CrossEntropy(Method):
         return [SupervisedPass(self.context, 0, self.engines[0], epoch, cross_entropy)]
 
 
-def cross_entropy(engine: Engine, images: Tensor, labels: Tensor, _generator: np.random.Generator) -> Tensor:
-    """Mean cross-entropy of one batch with hard labels (b,)."""
-    (logits,) = engine.forward((images, "classify"))
-    return F.cross_entropy(logits, labels)
+def cross_entropy(engine: Engine, step: Step) -> Mapping[str, Tensor]:
+    """Mean cross-entropy of one batch with its labels."""
+    (logits,) = engine.forward((step.images, "classify"))
+    return {"loss": F.cross_entropy(logits, step.labels)}

@@ -28,7 +28,7 @@ from nldist.losses import (
 from nldist.passes.base import Batches, EnginePass, Metrics, Pass, Split
 from nldist.passes.context import Context
 from nldist.passes.method import Method, Phase
-from nldist.passes.supervised import SupervisedPass
+from nldist.passes.supervised import Step, SupervisedPass
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +50,11 @@ class DivideMix(Method):
         self.stale: nn.Module | None = None  # network 0 as it was before this epoch, for peers=parallel
         history = context.config.method.mixture.history
         for number in range(self.num_networks):
-            context.table.add(f"loss{number}", np.float32, fill=np.nan)
-            context.table.add(f"clean{number}", np.float32, fill=1.0)
-            context.table.add(f"predicted{number}", np.int16, fill=-1)
+            context.table.add(f"loss{number}", torch.float32, fill=np.nan)
+            context.table.add(f"clean{number}", torch.float32, fill=1.0)
+            context.table.add(f"predicted{number}", torch.int16, fill=-1)
             if history > 1:
-                context.table.add(f"history{number}", np.float32, (history,), fill=np.nan)
+                context.table.add(f"history{number}", torch.float32, (history,), fill=np.nan)
 
     def phases(self) -> list[Phase]:
         """See Method."""
@@ -68,9 +68,9 @@ class DivideMix(Method):
             for n, engine in enumerate(self.engines)
         ]
 
-    def _all_loss(self, engine: Engine, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:
-        (logits,) = engine.forward((images, "classify"))
-        return self.warmup_loss(logits, labels)
+    def _all_loss(self, engine: Engine, step: Step) -> Mapping[str, Tensor]:
+        (logits,) = engine.forward((step.images, "classify"))
+        return {"loss": self.warmup_loss(logits, step.labels)}
 
     def warmup_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy; against confident fits of asymmetric noise plus negative entropy (section 3.1)."""
@@ -155,21 +155,21 @@ class SweepPass(Pass):
         for number in self._numbers:
             self._method.engines[number].model.eval()
             if start_step == 0:
-                self._context.table.reset(f"loss{number}")
+                self._context.table[f"loss{number}"].reset()
 
     def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
         """See Pass."""
         batch = batches["all"]
         if not len(batch.ids):
             return {}
-        images, ids = self._context.fixed_view(batch), batch.ids.cpu().numpy()
+        images, table = self._context.fixed_view(batch), self._context.table
         for number in self._numbers:
             (logits,) = self._method.engines[number].predict(images, "classify")
-            losses = F.cross_entropy(logits, batch.labels, reduction="none").cpu().numpy()
-            if not np.isfinite(losses).all():
+            losses = F.cross_entropy(logits, batch.labels, reduction="none")
+            if not losses.isfinite().all():
                 raise UserError(f"net{number} has diverged (loss not finite); lower optim.lr or set optim.clip_norm")
-            self._context.table.put(f"loss{number}", ids, losses)
-            self._context.table.put(f"predicted{number}", ids, logits.argmax(1).cpu().numpy())
+            table[f"loss{number}"][batch.ids] = losses
+            table[f"predicted{number}"][batch.ids] = logits.argmax(1)
         return {}
 
     def splits(self) -> dict[str, Split]:
@@ -185,16 +185,16 @@ class SweepPass(Pass):
 
     def _divide(self, number: int) -> Metrics:
         context, table = self._context, self._context.table
-        history = table[f"history{number}"] if context.config.method.mixture.history > 1 else None
-        losses, mixture = divide(table[f"loss{number}"], history, context.config.method.mixture, context.world)
-        clean_probability = table[f"clean{number}"]
+        history = table[f"history{number}"].numpy() if context.config.method.mixture.history > 1 else None
+        losses, mixture = divide(table[f"loss{number}"].numpy(), history, context.config.method.mixture, context.world)
+        clean_probability = table[f"clean{number}"].numpy()
         if mixture is not None:
             clean_probability[:] = mixture.clean_probability(losses)
         # Without a mixture the previous division stays, and samples that it did not see count as clean.
         clean_probability[np.isnan(clean_probability)] = 1
         clean_probability[np.isnan(losses)] = np.nan
         self._splits[f"net{number}"] = Split(losses, clean_probability, mixture)
-        clean = table.gather(f"clean{number}")
+        clean = table[f"clean{number}"].gather()
         truth = None
         if context.clean is not None and context.world.is_main:  # it reports
             truth = context.clean == context.labels
@@ -218,7 +218,7 @@ class DividePass(EnginePass):
     def plan(self) -> Plan:
         """Co-divide: labelled where the peer's clean probability exceeds tau, of the samples that it saw."""
         context, world = self.context, self.context.world
-        self._clean = context.table.gather(f"clean{1 - self.number}")
+        self._clean = context.table[f"clean{1 - self.number}"].gather()
         labelled = np.flatnonzero(self._clean > self._settings.tau)
         unlabelled = np.flatnonzero(self._clean <= self._settings.tau)
         if len(labelled) < 2 * world.size:

@@ -1,6 +1,7 @@
 """mixup (Zhang et al., ICLR 2018): cross-entropy on convex combinations of pairs within the batch."""
 
-import numpy as np
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -8,7 +9,7 @@ from nldist.dist.engine import Engine
 from nldist.losses import mix, one_hot, soft_cross_entropy
 from nldist.passes.base import Pass
 from nldist.passes.method import Method, Phase
-from nldist.passes.supervised import SupervisedPass
+from nldist.passes.supervised import Step, SupervisedPass
 
 
 class Mixup(Method):
@@ -21,10 +22,10 @@ class Mixup(Method):
     def _passes(self, epoch: int) -> list[Pass]:
         return [SupervisedPass(self.context, 0, self.engines[0], epoch, self._loss)]
 
-    def _loss(self, engine: Engine, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:
-        alpha = self.context.config.method.mixup.alpha
-        weight = float(generator.beta(alpha, alpha))
-        permutation = torch.from_numpy(generator.permutation(len(images))).to(images.device)
-        targets = one_hot(labels, self.context.train.num_classes)
-        (logits,) = engine.forward((mix(images, permutation, weight, len(images)), "classify"))
-        return soft_cross_entropy(logits, mix(targets, permutation, weight, len(images)))
+    def _loss(self, engine: Engine, step: Step) -> Mapping[str, Tensor]:
+        alpha, num_rows = self.context.config.method.mixup.alpha, len(step.images)
+        weight = float(step.random.beta(alpha, alpha))
+        permutation = torch.from_numpy(step.random.permutation(num_rows)).to(step.images.device)
+        targets = one_hot(step.labels, self.context.train.num_classes)
+        (logits,) = engine.forward((mix(step.images, permutation, weight, num_rows), "classify"))
+        return {"loss": soft_cross_entropy(logits, mix(targets, permutation, weight, num_rows))}

@@ -1,6 +1,7 @@
 """ScanMix (Sachdeva et al., arXiv 2103.11395): DivideMix and clustering by neighbours in one EM loop (algorithms 3)."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from nldist.methods.dividemix import DivideMix
 from nldist.models import Network
 from nldist.passes.base import Metrics, Pass
 from nldist.passes.context import Context
-from nldist.passes.supervised import SupervisedPass
+from nldist.passes.supervised import Step, SupervisedPass
 from nldist.pretext.scan import NeighbourPass
 
 log = logging.getLogger(__name__)
@@ -56,10 +57,10 @@ class ScanMix(DivideMix):
             for number, engine in enumerate(self.engines)
         ]
 
-    def _head_loss(self, engine: Engine, images: Tensor, labels: Tensor, generator: np.random.Generator) -> Tensor:
+    def _head_loss(self, engine: Engine, step: Step) -> Mapping[str, Tensor]:
         """The warm-up's loss; of the backbone only the batch-norm statistics follow."""
-        (logits,) = engine.forward((images, "classify"), backbone="follows")
-        return self.warmup_loss(logits, labels)
+        (logits,) = engine.forward((step.images, "classify"), backbone="follows")
+        return {"loss": self.warmup_loss(logits, step.labels)}
 
     @property
     def warmup_view(self) -> View:
@@ -114,7 +115,7 @@ class ScanMix(DivideMix):
             lambda_e=self.scan.lambda_e,
             rate=lambda _: self.scan.lr_high if self.high_noise else self.scan.lr_low,
             view=lambda: self.cluster_view,
-            predicted=lambda: self.context.table.gather(f"predicted{1 - number}"),
+            predicted=lambda: self.context.table[f"predicted{1 - number}"].gather(),
             include_self=self.scan.include_self,
             population=self._anchors(number, epoch),
         )

@@ -1,6 +1,7 @@
 """The pass of methods that learn from one label for each sample."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -12,17 +13,34 @@ from nldist.passes.base import Batches, EnginePass
 from nldist.passes.context import Context
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a paper's step is given.
+
+    Attributes:
+        ids: int64 (b,), which samples; on the device.
+        labels: int64 (b,), their given labels.
+        images: float32 (b, 3, h, w), a random view of them.
+        epoch: how far the run is: 3.5 is halfway through epoch 3.
+        random: this rank's and step's randomness.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    images: Tensor
+    epoch: float
+    random: np.random.Generator
+
+
+# "loss", and whatever else is to be in the log by its name.
+Loss = Callable[[Engine, Step], Mapping[str, Tensor]]
+
+
 class SupervisedPass(EnginePass):
     """One epoch over all samples with a loss on the given labels."""
 
     def __init__(
-        self,
-        context: Context,
-        number: int,
-        engine: Engine,
-        epoch: int,
-        loss: Callable[[Engine, Tensor, Tensor, np.random.Generator], Tensor],
-        view: View | None = None,
+        self, context: Context, number: int, engine: Engine, epoch: int, loss: Loss, view: View | None = None
     ) -> None:
         super().__init__(context, number, engine, epoch)
         self._loss, self._view = loss, view
@@ -37,7 +55,7 @@ class SupervisedPass(EnginePass):
         """See Pass."""
         batch = batches["all"]
         images = self.context.view(batch, self.epoch, self.number, self._view)
-        generator = self.context.generator(self.epoch, self.number, step)
-        loss = self._loss(self.engine, images, batch.labels, generator)
-        self.descend(loss, step)
-        return {"loss": loss.detach()}
+        random = self.context.generator(self.epoch, self.number, step)
+        values = self._loss(self.engine, Step(batch.ids, batch.labels, images, self.progress(step), random))
+        self.descend(values["loss"], step)
+        return {name: value.detach() for name, value in values.items()}

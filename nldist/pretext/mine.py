@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from nldist.data.plan import Part, Plan
@@ -32,7 +33,7 @@ class Mine(Method):
         assert context.config.pretext is not None
         projected = self.settings.layer == "projector"
         dim = context.config.pretext.dim if projected else self.engines[0].model.num_features
-        context.table.add("features", np.float32, (dim,))
+        context.table.add("features", torch.float32, (dim,))
 
     def build_engines(self) -> list[Engine]:
         """See Method."""
@@ -90,8 +91,8 @@ class FeaturePass(Pass):
         """See Pass."""
         batch = batches["all"]
         if len(batch.ids):
-            features = self._method.features(self._context.fixed_view(batch)).cpu().numpy()
-            self._context.table.put("features", batch.ids.cpu().numpy(), features)
+            features = self._method.features(self._context.fixed_view(batch))
+            self._context.table["features"][batch.ids] = features
         return {}
 
     def finish(self) -> Metrics:
@@ -120,7 +121,7 @@ class SearchPass(Pass):
         """Index the features of all ranks."""
         context, settings = self._context, self._settings
         self._index = ShardedIndex.build(
-            normalise(context.table["features"]),
+            normalise(context.table["features"].numpy()),
             context.world,
             factory=settings.factory,
             num_probe=settings.num_probe,

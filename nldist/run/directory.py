@@ -18,7 +18,7 @@ from nldist.dist.checkpoint import load_file, save_file
 from nldist.errors import UserError
 from nldist.files import write_text
 from nldist.models import Network, build_model, check_revision
-from nldist.run.status import SUMMARY_FILE, read_summary
+from nldist.run.status import LOCK_FILE, SUMMARY_FILE, read_summary
 
 
 class RunDirectory:
@@ -38,7 +38,7 @@ class RunDirectory:
         try:
             for name in ("checkpoints", "weights", "tables", "plots"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
+            self._lock = (self.path / LOCK_FILE).open("w")
         except OSError as error:
             raise UserError(f"run directory {self.path} cannot be written: {error.strerror}") from None
         until = time.monotonic() + patience_seconds

@@ -1,9 +1,12 @@
 """How a run is doing, in RUN/status.json: written by rank 0, read by `nldist status` and by the launcher."""
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
+import struct
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +18,8 @@ from nldist.files import write_text
 
 STATUS_FILE = "status.json"
 SUMMARY_FILE = "summary.json"
+LOCK_FILE = ".lock"
+_FLOCK = "hhqqi4x"  # Linux's struct flock: type, whence, start, length, process
 _SILENT_SECONDS = 120  # without a sign of life: a line comes every track.every_seconds
 
 
@@ -70,18 +75,33 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def describe(facts: dict[str, Any], now: float) -> Iterator[str]:
-    """A run's status as lines for people, at time `now` (seconds since 1970)."""
+def is_claimed(run_dir: Path) -> bool:
+    """Whether a job has the run directory now; True where that cannot be told. Not for the process that has it."""
+    if sys.platform != "linux":
+        return True
+    try:
+        with (run_dir / LOCK_FILE).open("r+") as lock:
+            # Only asks: taking the lock, however briefly, could turn away a job that starts.
+            answer = fcntl.fcntl(lock, fcntl.F_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    except OSError:
+        return True
+    return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
+
+
+def describe(facts: dict[str, Any], now: float, is_claimed: bool = True) -> Iterator[str]:
+    """A run's status as lines for people, at time `now` (seconds since 1970); `is_claimed`: a job has its directory."""
     silent = now - facts["updated"]
     state = facts["state"]
-    if state == "running" and silent > max(_SILENT_SECONDS, 3 * facts.get("every_seconds", 0)):
+    if state == "running" and not is_claimed:
+        state = "died: no process has the run directory any more; the same command goes on"
+    elif state == "running" and silent > max(_SILENT_SECONDS, 3 * facts.get("every_seconds", 0)):
         state = f"silent: no sign of life for {clock(silent)}; killed, or in a step that takes so long"
     yield f"state     {state}" + (f" ({facts['error']})" if facts.get("error") else "")
     if "place" in facts:
         yield f"at        {facts['place']}"
     if "step" in facts:
         yield f"step      {facts['step']} of {facts['num_steps']} of this pass, {facts['images_per_second']:,.0f} img/s"
-    if facts.get("ends") and facts["state"] == "running":
+    if facts.get("ends") and facts["state"] == "running" and is_claimed:
         yield f"left      {clock(max(facts['ends'] - now, 0))} of stage {facts['stage']} at the last epoch's pace"
     for name, value in facts.get("metrics", {}).items():
         yield f"          {name} {value:.4g}"

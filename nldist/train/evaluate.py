@@ -77,7 +77,7 @@ def _evaluation_context(config: Config, world: World, split: str) -> Context:
 
 @torch.no_grad()
 def predict(run_dir: Path, weights: Literal["last", "best"], data_root: Path, split: str) -> np.ndarray:
-    """The class that a run's networks predict for every image of a split, int32 (N,), on this process alone.
+    """The class that a run's networks predict for every image of a split, int32 (N,), on every rank.
 
     Raises:
         UserError: no such run, weights or split; other classes; or an image that cannot be read.
@@ -87,14 +87,16 @@ def predict(run_dir: Path, weights: Literal["last", "best"], data_root: Path, sp
     with World.start(**config.dist.model_dump()) as world:
         context = _evaluation_context(config, world, split)
         networks = [network.to(world.device) for network in run.load_networks(weights, config, context.train.classes)]
-        predicted = np.empty(len(context.train), np.int32)
-        plan = context.sweep(len(predicted))
+        predicted = context.table.add("predicted", torch.int32, fill=-1)
+        plan = context.sweep(len(context.train))
         watch = Watch(f"{split} predict", plan.num_steps, 0, config.track.every_seconds)
         stream = context.stream("evaluation", plan)
         for step, batches in enumerate(stream):
             batch = batches["all"]
+            if not len(batch.ids):
+                continue
             logits = ensemble(networks, context.fixed_view(batch))
-            predicted[batch.ids.cpu().numpy()] = logits.argmax(1).cpu().numpy()
-            if watch.due():
+            predicted[batch.ids] = logits.argmax(1)
+            if watch.due() and world.is_main:
                 print(watch.line(step + 1, watch.rates(stream.num_images, stream.wait_seconds), {}), flush=True)
-        return predicted
+        return predicted.gather()

@@ -130,9 +130,9 @@ def sample_columns(context: Context, num_networks: int) -> dict[str, np.ndarray]
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a sample that no network has seen stays NaN
-        columns = {"clean_probability": np.nanmean([context.table.gather(name) for name in names], axis=0)}
+        columns = {"clean_probability": np.nanmean([context.table[name].gather() for name in names], axis=0)}
     for number in range(len(names)):
-        columns[f"predicted{number}"] = context.table.gather(f"predicted{number}")
+        columns[f"predicted{number}"] = context.table[f"predicted{number}"].gather()
     return columns
 
 

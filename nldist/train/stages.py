@@ -19,7 +19,7 @@ from nldist.config.marks import naming
 from nldist.dist.environment import num_restarts
 from nldist.dist.stop import REQUEST
 from nldist.dist.world import World
-from nldist.errors import UserError
+from nldist.errors import UserError, show_messages
 from nldist.models import model_revision
 from nldist.models.pretrained import weights_digest
 from nldist.passes.context import Context
@@ -105,6 +105,7 @@ def train(config: Config, only: Sequence[str] | None = None) -> int:
         raise UserError(f"method {config.method.name} has no stage {unknown[0]!r}; its stages are {', '.join(chain)}")
     REQUEST.listen()
     with World.start(**config.dist.model_dump()) as world:
+        show_messages(world.is_main)
         run, status = RunDirectory(config.run.dir), StatusFile(config.run.dir, writes=world.is_main)
         if world.is_main:
             run.claim(config, patience_seconds=_patience_seconds())

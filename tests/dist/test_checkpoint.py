@@ -16,7 +16,7 @@ from tests.ranks import run_ranks
 
 def table(world: World) -> SampleTable:
     table = SampleTable(10, world)
-    table.add("loss", np.float32)
+    table.add("loss", torch.float32)
     return table
 
 
@@ -24,7 +24,7 @@ def save(world: World, directory: Path, *positions: Position) -> None:
     checkpoints = Checkpoints(directory, world, keep=2, fingerprint="these")
     for position in positions:
         rows = table(world)
-        rows["loss"][:] = position.epoch
+        rows["loss"].rows[:] = position.epoch
         checkpoints.save(position, {"weights": torch.ones(3)}, {"rank": world.rank}, rows)
 
 

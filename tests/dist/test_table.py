@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from nldist.dist.table import SampleTable
 from nldist.dist.world import World
@@ -12,11 +13,11 @@ N = 23
 
 def filled(world: World) -> SampleTable:
     table = SampleTable(N, world)
-    table.add("loss", np.float32, fill=np.nan)
-    table.add("soft", np.float16, (3,))
-    ids = np.arange(table.owned.start, table.owned.stop)
-    table.put("loss", ids[::-1], ids[::-1].astype(np.float32))
-    table.put("soft", ids, ids[:, None] + np.array([0, 100, 200]))
+    table.add("loss", torch.float32, fill=np.nan)
+    table.add("soft", torch.float16, (3,))
+    ids = torch.arange(table.owned.start, table.owned.stop)
+    table["loss"][ids.flip(0)] = ids.flip(0).double()
+    table["soft"][ids] = ids[:, None] + torch.tensor([0, 100, 200])
     return table
 
 
@@ -26,10 +27,10 @@ def save(world: World, directory: Path) -> None:
 
 def load_and_gather(world: World, directory: Path) -> tuple[np.ndarray, np.ndarray]:
     table = SampleTable(N, world)
-    table.add("loss", np.float32, fill=np.nan)
-    table.add("soft", np.float16, (3,))
+    table.add("loss", torch.float32, fill=np.nan)
+    table.add("soft", torch.float16, (3,))
     table.load(directory)
-    return table.gather("loss"), table.gather("soft")
+    return table["loss"].gather(), table["soft"].gather()
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 4), (2, 2), (3, 1), (4, 3)])
@@ -49,7 +50,32 @@ def test_missing_rows_are_an_error(tmp_path: Path) -> None:
 
 def test_reset_and_bytes_per_sample() -> None:
     table = filled(World.single())
-    table.reset("loss")
-    assert np.isnan(table["loss"]).all()
-    assert table["soft"].any()
+    table["loss"].reset()
+    assert table["loss"].rows.isnan().all()
+    assert table["soft"].rows.any()
     assert table.bytes_per_sample == 4 + 3 * 2
+
+
+def fetched(world: World, dtype: torch.dtype, shape: tuple[int, ...], count: int) -> bool:
+    """Rank r asks for r * count rows of anybody's, some of them twice."""
+    column = SampleTable(N, world).add("value", dtype, shape)
+    ids = torch.arange(column.owned.start, column.owned.stop)
+    column[ids] = (ids % 2 if dtype == torch.bool else ids).view(-1, *[1] * len(shape)).expand(-1, *shape)
+    generator = torch.Generator().manual_seed(world.rank)
+    wanted = torch.randint(N, (world.rank * count,), generator=generator)
+    rows = column.fetch(wanted)
+    expected = (wanted % 2 if dtype == torch.bool else wanted).view(-1, *[1] * len(shape)).expand(-1, *shape)
+    return rows.dtype == dtype and rows.shape == (len(wanted), *shape) and torch.equal(rows, expected.to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int16, torch.int64, torch.bool])
+def test_rows_of_any_ids_can_be_fetched(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    for size in (1, 2, 3, 4):
+        assert all(run_ranks(fetched, size, dtype, shape, 9)), size
+
+
+def test_ids_of_another_owner_are_refused() -> None:
+    column = SampleTable(N, World.single()).add("value", torch.float32)
+    with pytest.raises(AssertionError, match="another owner"):
+        column[torch.tensor([N])]

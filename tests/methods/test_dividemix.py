@@ -39,7 +39,7 @@ def run(method: DivideMix, task: Pass) -> dict[str, Any]:
 
 
 def set_clean(method: DivideMix, number: int, probability: np.ndarray) -> None:
-    method.context.table[f"clean{number}"][:] = probability
+    method.context.table[f"clean{number}"].numpy()[:] = probability
 
 
 def test_each_network_trains_on_its_peer_s_division(digits: Path) -> None:
@@ -108,7 +108,7 @@ def test_one_step_against_the_equations(digits: Path) -> None:
     x, u = batch["labelled"], batch["unlabelled"]
     views_x, views_u = task._views(x), task._views(u)
     assert not torch.equal(views_x[0], views_x[1])
-    clean = torch.from_numpy(method.context.table["clean1"][x.ids.numpy()])
+    clean = torch.from_numpy(method.context.table["clean1"].numpy()[x.ids.numpy()])
     t_x, t_u = reference_targets(method.engines[0].model, method.engines[1].model, views_x, views_u, x.labels, clean)
     torch.testing.assert_close(task._refine(x, views_x), t_x)
     torch.testing.assert_close(task._guess(views_u), t_u)
@@ -185,7 +185,7 @@ def sweep_and_divide(world: World, digits: Path, weights: dict[str, Tensor], sub
         evaluation.step(batch, step)
     mixture = task.splits()["net0"].mixture
     assert mixture is not None
-    clean = method.context.table.gather("clean0")
+    clean = method.context.table["clean0"].gather()
     return {
         "means": mixture.means,
         "variances": mixture.variances,

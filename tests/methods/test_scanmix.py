@@ -123,7 +123,7 @@ def clustering_step(world: World, digits: Path, products: dict[str, Path]) -> di
     rng = np.random.default_rng(0)
     for number in (0, 1):
         column = rng.integers(10, size=1437)
-        method.context.table[f"predicted{number}"][:] = column[method.context.table.owned]
+        method.context.table[f"predicted{number}"].numpy()[:] = column[method.context.table.owned]
     task = method._divide(2)[3]
     plan = task.plan()
     task.start(plan.num_steps, 0)
@@ -192,7 +192,7 @@ def test_the_estimated_noise_rate_switches_views_and_rate(
 def test_the_sweep_estimates_the_noise_rate(digits: Path, products: dict[str, Path]) -> None:
     method = build(digits, products)
     metrics = run(method, method._divide(2)[0])
-    shares = [(method.context.table[f"clean{n}"] > 0.5).mean() for n in (0, 1)]
+    shares = [(method.context.table[f"clean{n}"].numpy() > 0.5).mean() for n in (0, 1)]
     assert metrics["noise_rate"] == pytest.approx(1 - np.mean(shares))
     again = build(digits, products)
     again.load_state_dict(method.state_dict())
