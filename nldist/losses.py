@@ -36,7 +36,7 @@ def prior_penalty(probabilities: Tensor, world: World) -> Tensor:
 def mean_negative_entropy(probabilities: Tensor, world: World) -> Tensor:
     """Negative entropy of the global mean prediction: sum_c pbar_c log pbar_c.
 
-    The entropy term of SCAN and ScanMix (algorithms 3.b B). `pbar` is the mean over the global batch, at least 1e-8;
+    The entropy term of SCAN and ScanMix (docs/scanmix.md). `pbar` is the mean over the global batch, at least 1e-8;
     the gradient is that of the concatenated batch.
     """
     local, mean = _mean_prediction(probabilities, world, 1e-8)
@@ -44,7 +44,7 @@ def mean_negative_entropy(probabilities: Tensor, world: World) -> Tensor:
 
 
 def agreement(anchor_log_p: Tensor, neighbour_log_p: Tensor) -> Tensor:
-    """log(p(a) . p(n)) of pairs, at least -100 (algorithms 3.b B): (...) from log probabilities (..., C) of both."""
+    """log(p(a) . p(n)) of pairs, at least -100 (docs/scanmix.md): (...) from log probabilities (..., C) of both."""
     return (anchor_log_p + neighbour_log_p).logsumexp(-1).clamp_min(-100)
 
 
@@ -60,7 +60,7 @@ def _mean_prediction(probabilities: Tensor, world: World, least: float) -> tuple
 
 
 def _with_gradient(value: Tensor, slope: Tensor, local_mean: Tensor) -> Tensor:
-    """`value`, with the gradient slope . d local_mean: under DDP's averaging the exact one (algorithms 1.6)."""
+    """`value`, with the gradient slope . d local_mean: under DDP's averaging the exact one (docs/dividemix.md)."""
     surrogate = (slope * local_mean).sum()
     return surrogate + (value - surrogate).detach()
 

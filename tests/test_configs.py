@@ -100,7 +100,7 @@ def test_the_views_of_the_stages_make_square_images_of_one_size(path: Path) -> N
         assert shape[2] == shape[3] in (32, 224)
 
 
-# ScanMix, 4.2 and the authors' code; lambda_u: DivideMix's table, which the paper refers to (algorithms 3.c).
+# ScanMix, 4.2 and the authors' code; lambda_u: DivideMix's table, which the paper refers to.
 @pytest.mark.parametrize(
     ("run", "lambda_u", "warmup", "penalty", "history"),
     [

@@ -63,7 +63,7 @@ def from_model(index: Index, args: argparse.Namespace) -> np.ndarray:
 
 
 def semantic(index: Index, args: argparse.Namespace) -> np.ndarray:
-    """Labels that a weak trained classifier predicts: wrong where images mislead (ScanMix, table 2; algorithms 0.2)."""
+    """Labels that a weak trained classifier predicts: wrong where images mislead (ScanMix, table 2)."""
     if args.run is None or args.rate is not None:
         raise UserError(
             f"--model {SEMANTIC} takes its labels, and so its rate, from a trained --run RUN; give no --rate"

@@ -8,7 +8,7 @@ from nldist.config.section import Section
 
 
 class MixtureSection(Section):
-    """The two-component mixture over the losses (algorithms 1.3, 1.4; defaults of the reference)."""
+    """The two-component mixture over the losses (DivideMix, section 3.1; defaults of its authors' code)."""
 
     max_iter: int = Field(10, ge=1, description="EM iterations at most; the early stop is part of the method")
     tol: float = Field(1e-2, gt=0, description="stop when the mean log-likelihood changes by less")
@@ -23,7 +23,7 @@ class MixupMethod(Section):
 
 
 class DivideMixMethod(Section):
-    """Settings of method.name=dividemix (symbols as in the paper; algorithms section 2)."""
+    """Settings of method.name=dividemix (symbols as in the paper; docs/dividemix.md)."""
 
     warmup_epochs: int = Field(10, ge=0, description="epochs of cross-entropy before the first split")
     warmup_penalty: bool = Field(False, description="add negative entropy in the warm-up (asymmetric or real noise)")
@@ -47,7 +47,7 @@ ViewName = Literal["weak", "strong", "by_noise"]
 
 
 class ScanMixMethod(Section):
-    """Settings of method.name=scanmix, beside those of method.dividemix (algorithms section 3)."""
+    """Settings of method.name=scanmix, beside those of method.dividemix (docs/scanmix.md)."""
 
     lambda_e: float = Field(5.0, ge=0, description="weight of the entropy of the mean prediction")
     batch_size: int = Field(128, ge=4, description="anchors per step, rank and network in the clustering pass")

@@ -28,7 +28,7 @@ class ClusterOptim(OptimSection):
 
 
 class PretextSection(Section):
-    """Stage pretext: self-supervised training of the backbone (algorithms 3.b A)."""
+    """Stage pretext: self-supervised training of the backbone (docs/scanmix.md)."""
 
     name: Literal["simclr", "moco"] = "simclr"
     epochs: int = Field(500, ge=0, description="0 = keep the backbone of model.pretrained")
@@ -47,7 +47,7 @@ class PretextSection(Section):
 
 
 class MineSection(Section):
-    """Stage mine: the neighbour graph (algorithms 3.b A3)."""
+    """Stage mine: the neighbour graph (ScanMix, section 3.2)."""
 
     k: int = Field(20, ge=1, le=255, description="neighbours of each image, itself not counted")
     layer: Literal["projector", "backbone"] = Field("projector", description="features that are compared")
@@ -60,7 +60,7 @@ class MineSection(Section):
 
 
 class ClusterSection(Section):
-    """Stage cluster: SCAN, clustering by neighbours (algorithms 3.b B)."""
+    """Stage cluster: SCAN, clustering by neighbours (docs/scanmix.md)."""
 
     epochs: int = Field(50, ge=1)
     batch_size: int = Field(128, ge=4, description="anchors per step and rank, one neighbour of each")

@@ -33,7 +33,7 @@ _ROWS_PER_READ = 65_536
 
 
 def owned(n: int, rank: int, size: int) -> range:
-    """The ids, or positions, of `n` that `rank` of `size` owns: exact to one sample (algorithms 1.1)."""
+    """The ids, or positions, of `n` that `rank` of `size` owns: exact to one sample (docs/data.md)."""
     return range(rank * n // size, (rank + 1) * n // size)
 
 

@@ -2,7 +2,7 @@
 
 A noise experiment never rewrites images: it adds a label set, and the true labels are the label set `clean`.
 The noise models are pure functions of (clean labels, seed) with the conventions of DivideMix, ScanMix and
-SELC (algorithms 0.2). A sample is known by its id, so the same seed on a data set that was sharded in another
+SELC. A sample is known by its id, so the same seed on a data set that was sharded in another
 order puts the noise on other images.
 """
 

@@ -1,4 +1,4 @@
-"""Plans of pairs: anchors from the rank's own range, and neighbours of theirs from anywhere (algorithms 3.b, 1.8).
+"""Plans of pairs: anchors from the rank's own range, and neighbours of theirs from anywhere (docs/scanmix.md).
 
 The neighbour graph is a memory-mapped file; a plan holds its path and opens it where it is used, so that data workers
 share its pages and pickling sends no row of it.
@@ -29,9 +29,9 @@ def neighbours(
 ) -> Plan:
     """Anchors as in `shuffled`, and for each one neighbour; roles "anchors" and "neighbours", pair by pair.
 
-    A neighbour is valid if it has the anchor's predicted class (the E-step, algorithms 3.b D3); one is drawn uniformly
-    from the valid ones, or from all where none is valid. The draw depends on (seed, epoch, anchor) alone, so it is the
-    same for any world. The draw ids of both parts are the anchors' ids: what names the pair.
+    A neighbour is valid if it has the anchor's predicted class (the E-step of ScanMix, section 3.2); one is drawn
+    uniformly from the valid ones, or from all where none is valid. The draw depends on (seed, epoch, anchor) alone, so
+    it is the same for any world. The draw ids of both parts are the anchors' ids: what names the pair.
 
     Args:
         n: number of samples N of the data set.

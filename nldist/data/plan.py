@@ -102,7 +102,7 @@ def divided(
     epoch: int,
     window: int | None,
 ) -> Plan:
-    """A labelled and an unlabelled part per step (algorithms 1.5; roles "labelled" and "unlabelled").
+    """A labelled and an unlabelled part per step (roles "labelled" and "unlabelled").
 
     The labelled set X (sorted ids) is covered exactly once in ceil(|X| / (batch_size * size)) steps, as in
     `shuffled`. The unlabelled set U (sorted ids) gives `batch_size` samples per step and begins again with a
@@ -128,7 +128,7 @@ def divided(
 
 
 def balanced(labels: np.ndarray, n: int, *, seed: int, epoch: int, num_classes: int) -> np.ndarray:
-    """A class-balanced random subset of about `n` samples, the same for any world (algorithms 1.9).
+    """A class-balanced random subset of about `n` samples, the same for any world (docs/dividemix.md, "Two forms").
 
     Of each class the `n // num_classes` samples with the smallest hash(seed, epoch, id) are taken; a class
     with fewer gives all it has.

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 def divide(
     losses: np.ndarray, history: np.ndarray | None, settings: MixtureSection, world: World
 ) -> tuple[np.ndarray, Mixture | None]:
-    """Fit the mixture on the losses of all ranks (algorithms 2.b step 1). A collective.
+    """Fit the mixture on the losses of all ranks (DivideMix, section 3.1). A collective.
 
     Args:
         losses: (owned,) this rank's losses, NaN where a sample was not seen.

@@ -43,7 +43,7 @@ def knn_graph(
 ) -> np.ndarray:
     """The k nearest other samples of each sample, by descending cosine, ties by ascending id. A collective.
 
-    With "Flat" it is exact, and the same for any number of ranks (ScanMix, section 3.2; algorithms 1.7 and 3.b A3).
+    With "Flat" it is exact, and the same for any number of ranks (ScanMix, section 3.2).
 
     Args:
         features: (owned, d), the samples of this rank, consecutive in rank order.

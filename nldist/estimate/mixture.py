@@ -2,7 +2,7 @@
 
 The semantics are those of scikit-learn's `GaussianMixture(n_components=2, max_iter=10, tol=1e-2,
 reg_covar=5e-4)`, which DivideMix and its successors call, early stop included (DivideMix, section 3.1;
-algorithms 1.3 and 1.4). What crosses ranks are sums over samples. They are taken in fixed point: each
+docs/dividemix.md). What crosses ranks are sums over samples. They are taken in fixed point: each
 sample's contribution is rounded to a multiple of a power of two, after which addition is exact and therefore
 has no order. Parameters are bit for bit the same for any number of ranks and any partition of the samples
 (given machines whose `exp` and `log` round alike).
@@ -51,7 +51,7 @@ class Mixture:
 
 
 def normalise(values: np.ndarray, world: World) -> np.ndarray:
-    """Min-max normalise the losses of the whole set (algorithms 1.3). A collective.
+    """Min-max normalise the losses of the whole set (DivideMix, section 3.1). A collective.
 
     Args:
         values: this rank's losses (n_own,); ranks own consecutive ids.
@@ -72,7 +72,7 @@ def normalise(values: np.ndarray, world: World) -> np.ndarray:
 
 
 def history_mean(history: np.ndarray) -> np.ndarray:
-    """Mean of each sample's remembered losses, which replaces the last loss at 90 % noise (algorithms 2.b).
+    """Mean of each sample's remembered losses, which replaces the last loss at 90 % noise (docs/dividemix.md).
 
     Args:
         history: (n_own, h) normalised losses of the last h epochs in any order, NaN where there is none yet.
@@ -93,7 +93,7 @@ def history_mean(history: np.ndarray) -> np.ndarray:
 def fit(
     values: np.ndarray, world: World, *, max_iter: int = 10, tol: float = 1e-2, reg_covar: float = 5e-4
 ) -> Mixture | None:
-    """Fit two Gaussians by EM (algorithms 1.4 b). A collective.
+    """Fit two Gaussians by EM (docs/dividemix.md). A collective.
 
     The start is a 2-means partition grown from (min, max). The early stop is part of the method: EM run to
     convergence moves thousands of CIFAR-10's samples across the threshold.
@@ -235,7 +235,7 @@ def _likelihood_limit(reg_covar: float) -> float:
 
 
 def _two_means(sums: _Sums) -> list[float]:
-    """Moments of the lower cluster of 2-means run from (min, max) to its fixed point (algorithms 1.4 b)."""
+    """Moments of the lower cluster of 2-means run from (min, max) to its fixed point (docs/dividemix.md)."""
     centres = sums.low, sums.high
     lower: list[float] = []
     for _ in range(_MAX_KMEANS_STEPS):

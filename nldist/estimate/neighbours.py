@@ -1,7 +1,7 @@
 """Nearest neighbours among vectors that are spread over the ranks, exactly and the same for any number of ranks.
 
 Each rank searches its own vectors for the queries of all; the query's owner merges the lists by (descending
-score, ascending id). Ids count the vectors in rank order (algorithms 1.7).
+score, ascending id). Ids count the vectors in rank order (docs/scanmix.md, "At full scale").
 """
 
 import json

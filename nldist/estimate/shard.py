@@ -2,7 +2,7 @@
 
 FAISS's float32 scores depend on how its matrix product is blocked, hence on how many vectors and queries a rank
 has. So FAISS is asked for more candidates than wanted, and they are scored again in float64, by a function of the
-two vectors alone (algorithms 1.7).
+two vectors alone (docs/scanmix.md, "At full scale").
 """
 
 from functools import reduce

@@ -1,4 +1,4 @@
-"""DivideMix (Li, Socher, Hoi; ICLR 2020), in its CIFAR and its real-data form: algorithms section 2."""
+"""DivideMix (Li, Socher, Hoi; ICLR 2020), in its CIFAR and its real-data form: docs/dividemix.md."""
 
 import copy
 import logging
@@ -95,7 +95,7 @@ class DivideMix(Method):
         return [*sweeps, DividePass(self, 0, epoch), DividePass(self, 1, epoch)]
 
     def _subset(self, epoch: int, number: int) -> np.ndarray:
-        """A fresh class-balanced subset for each network and epoch (algorithms 1.9, 2.c Clothing1M)."""
+        """A fresh class-balanced subset for each network and epoch (docs/dividemix.md, "Two forms")."""
         assert self.settings.subset is not None
         seed = self.context.config.run.seed * 2 + number
         num_classes = self.context.train.num_classes

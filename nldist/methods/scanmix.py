@@ -1,4 +1,4 @@
-"""ScanMix (Sachdeva et al., arXiv 2103.11395): DivideMix and clustering by neighbours in one EM loop (algorithms 3)."""
+"""ScanMix (Sachdeva et al., arXiv 2103.11395): DivideMix and clustering by neighbours in one EM loop."""
 
 import logging
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ class ScanMix(DivideMix):
         return network.add("cluster", nn.Linear(network.num_features, self.context.train.num_classes))
 
     def start(self) -> None:
-        """Begin both networks, and both heads of each, from the best epoch of the clustering (algorithms 3.b B)."""
+        """Begin both networks, and both heads of each, from the best epoch of the clustering (docs/scanmix.md)."""
         state = load_file(self.context.products["cluster"] / "weights" / "best.pt")["networks"][0]
         for engine in self.engines:
             engine.model.load_state_dict(state, strict=False)
@@ -51,7 +51,7 @@ class ScanMix(DivideMix):
         return [engine.evaluated.classifier_state() for engine in self.engines]
 
     def _warmup(self, epoch: int) -> list[Pass]:
-        """Only the classification head learns, so that wrong labels do not spoil the features (algorithms 3.b C)."""
+        """Only the classification head learns, so that wrong labels do not spoil the features (docs/scanmix.md)."""
         return [
             SupervisedPass(self.context, number, engine, epoch, self._head_loss, self.warmup_view)
             for number, engine in enumerate(self.engines)
@@ -85,7 +85,7 @@ class ScanMix(DivideMix):
 
     @property
     def high_noise(self) -> bool:
-        """Whether the estimated noise rate is above the threshold (algorithms 3.b C)."""
+        """Whether the estimated noise rate is above the threshold (docs/scanmix.md)."""
         assert self.noise_rate is not None
         return self.noise_rate > self.scan.noise_threshold
 

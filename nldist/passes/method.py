@@ -57,7 +57,7 @@ class Method(ABC):
         return [engine.evaluated.state_dict() for engine in self.engines]
 
     def logits(self, images: Tensor) -> Tensor:
-        """Logits (b, C) for prediction: the sum over the networks (algorithms 0.3)."""
+        """Logits (b, C) for prediction: the sum over the networks (DivideMix's code)."""
         return torch.stack([engine.evaluate(images, "classify")[0] for engine in self.engines]).sum(0)
 
     @property

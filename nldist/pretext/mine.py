@@ -1,4 +1,4 @@
-"""Stage mine: features of every image in one sweep, then the graph of nearest neighbours (algorithms 3.b A3)."""
+"""Stage mine: features of every image in one sweep, then the graph of nearest neighbours (ScanMix, section 3.2)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""MoCo-v2 (He et al., CVPR 2020; Chen et al., arXiv 2003.04297): algorithms 3.b A2."""
+"""MoCo-v2 (He et al., CVPR 2020; Chen et al., arXiv 2003.04297)."""
 
 import copy
 from collections.abc import Mapping

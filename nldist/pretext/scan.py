@@ -1,4 +1,4 @@
-"""SCAN (Van Gansbeke et al., ECCV 2020): clustering by neighbours, ScanMix's second stage (algorithms 3.b B)."""
+"""SCAN (Van Gansbeke et al., ECCV 2020): clustering by neighbours, ScanMix's second stage (docs/scanmix.md)."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""SimCLR (Chen et al., ICML 2020), in the asymmetric variant that SCAN's code uses: algorithms 3.b A1."""
+"""SimCLR (Chen et al., ICML 2020), in the asymmetric variant that SCAN's code uses."""
 
 from collections.abc import Mapping
 
@@ -33,7 +33,7 @@ class SimCLRPass(PretextPass):
 
 
 def simclr_loss(first: Tensor, second: Tensor, temperature: float, world: World) -> Tensor:
-    """This rank's share of the contrastive loss of the global batch (algorithms 3.b A1). A collective.
+    """This rank's share of the contrastive loss of the global batch (SimCLR, equation 1). A collective.
 
         L = - mean_i log [ exp(z_i.z'_i / t) / sum_{k in both views, k != i itself} exp(z_i.z_k / t) ]
 

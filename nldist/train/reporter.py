@@ -16,7 +16,7 @@ from nldist.passes.context import Context
 from nldist.report import plots
 from nldist.run.status import clock
 
-LAST_EPOCHS = 10  # "last" of the field's tables: the mean of these (algorithms 0.3)
+LAST_EPOCHS = 10  # "last" of the field's tables: the mean of these (DivideMix's code)
 _QUALITY = ("split_auc", "split_precision", "split_recall", "labelled_share")
 
 

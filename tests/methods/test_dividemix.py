@@ -82,7 +82,7 @@ def test_an_epoch_whose_samples_all_fall_on_one_side_still_trains(probability: f
 def reference_targets(
     own: Network, peer: Network, x: list[Tensor], u: list[Tensor], y: Tensor, w: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Co-refinement and co-guessing as algorithms 2.b steps 3 states them (our own reference)."""
+    """Co-refinement and co-guessing (DivideMix, equations 3 and 4) (our own reference)."""
     own.train()
     peer.eval()
     with torch.no_grad():
