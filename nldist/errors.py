@@ -37,12 +37,11 @@ def known(error: BaseException) -> BaseException:
     return error
 
 
-class _Lines(logging.StreamHandler):
+class _Lines(logging.Handler):
     """To what is stdout now: tests and launchers replace it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.setStream(sys.stdout)
-        super().emit(record)
+        print(self.format(record), flush=True)
 
 
 def show_messages(is_main: bool) -> None:
