@@ -26,8 +26,8 @@ def test_dry_run_says_what_would_happen(digits: Path, capsys: pytest.CaptureFixt
     assert "44." in text or "45." in text, "half drawn at random from ten classes: about 45 % wrong"
     assert "net0: 8 steps of 64 all images per rank" in text  # ceil(1437 / (64 * 3))
     assert "net1: at most 15 steps of 32 labelled + 32 unlabelled images per rank" in text
-    # loss 4, clean 4, predicted 2 bytes, for each network
-    assert "20 bytes per sample" in text
+    # loss 4, clean 4, predicted 2 bytes, for each network; suggested 2
+    assert "22 bytes per sample" in text
     assert "activations of 128 images" in text
 
 

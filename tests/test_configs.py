@@ -1,3 +1,4 @@
+import re
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,7 +8,7 @@ import torch
 import yaml
 
 from nldist.config import Config, Section
-from nldist.config.file import load_config
+from nldist.config.file import load_config, parse_config
 from nldist.config.marks import FREE, LATER, deciding, naming
 from nldist.data.views import View
 from nldist.errors import UserError
@@ -95,8 +96,10 @@ def test_the_views_of_the_stages_make_square_images_of_one_size(path: Path) -> N
     assert config.cluster is not None
     sizes = torch.tensor([[32, 32]] * 2 if config.model.name == "resnet18_cifar" else [[300, 260], [240, 400]])
     images = torch.zeros(2, 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
-    for ops in (config.pretext.view, config.cluster.view):
-        shape = View(ops, config.data.mean, config.data.std)(images, sizes, torch.arange(2), (0, 0, 0)).shape
+    for view in (config.pretext.view, config.cluster.view):
+        shape = View(config.view(view), config.data.mean, config.data.std)(
+            images, sizes, torch.arange(2), (0, 0, 0)
+        ).shape
         assert shape[2] == shape[3] in (32, 224)
 
 
@@ -141,9 +144,9 @@ def test_mini_webvision_mines_crops_of_224_and_trains_on_227() -> None:
     config = load_config(CONFIGS / "webvision" / "mini-scanmix.yaml")
     images, sizes = torch.zeros(1, 3, 300, 260, dtype=torch.uint8), torch.tensor([[300, 260]])
     sides = []
-    for ops in (config.mine.view, config.views.train, config.views.eval):
-        assert ops is not None
-        made = View(ops, config.data.mean, config.data.std)(images, sizes, torch.arange(1), (0, 0, 0))
+    for view in (config.mine.view, "train", "eval"):
+        assert view is not None
+        made = View(config.view(view), config.data.mean, config.data.std)(images, sizes, torch.arange(1), (0, 0, 0))
         sides.append(tuple(made.shape[2:]))
     assert sides == [(224, 224), (227, 227), (227, 227)]
 
@@ -459,3 +462,24 @@ def test_what_the_user_changed_is_named_and_nothing_else(old_run: RunDirectory) 
         "set another run.dir or delete the old run"
     )
     old_run.release()
+
+
+def test_a_section_s_view_is_one_of_views_or_spelt_out() -> None:
+    digits = REPOSITORY / "tests" / "digits.yaml"
+    named = load_config(digits, ["views.soft=[{op: flip}]", "pretext.view=soft", "mine.view=eval"])
+    spelt = load_config(digits, ["pretext.view=[{op: flip}]"])
+    assert named.pretext is not None
+    assert spelt.pretext is not None
+    assert named.view(named.pretext.view) == spelt.view(spelt.pretext.view)
+    assert parse_config(named.to_yaml(), "saved") == named
+    for overrides, told in (
+        (
+            ["views.soft=[{op: flip}]", "pretext.view=sort"],
+            "pretext.view=sort, but views has no sort; did you mean soft?",
+        ),
+        (["cluster.view=nothing"], "views has no nothing; there are train, strong, eval"),
+        (["views.soft=[{op: flip, q: 1}]"], "views.soft.0.flip.q is not a setting"),
+        (["pretext.view=[{op: flip, q: 1}]"], "pretext.view.0.flip.q is not a setting"),
+    ):
+        with pytest.raises(UserError, match=re.escape(told)):
+            load_config(digits, overrides)

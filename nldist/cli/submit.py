@@ -129,9 +129,9 @@ def queue(configs: list[Config], cluster: Cluster, settings: ClusterSettings, op
 
 def chain(config: Config) -> list[str]:
     """The stages of the configured method, the training last."""
-    from nldist.train.stages import CHAINS, MAIN
+    from nldist.train.stages import stages_of
 
-    return [*CHAINS.get(config.method.name, ()), MAIN]
+    return [stage.name for stage in stages_of(config)]
 
 
 def report(stage: str | None, jobs: list) -> Iterator[str]:

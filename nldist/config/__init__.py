@@ -1,5 +1,6 @@
 """The typed configuration of a run: one class per part, every field documented. `nldist.config.file` reads it."""
 
+import difflib
 from typing import Annotated, Any
 
 import yaml
@@ -7,6 +8,7 @@ from pydantic import Field, model_validator
 
 from nldist.config.marks import FREE, flat
 from nldist.config.methods import DivideMixMethod, MethodSection, MixtureSection, MixupMethod, ScanMixMethod
+from nldist.config.recipe import Recipe
 from nldist.config.run import (
     DataSection,
     DistSection,
@@ -19,6 +21,7 @@ from nldist.config.run import (
 from nldist.config.section import Name, Section
 from nldist.config.stages import ClusterOptim, ClusterSection, MineSection, PretextOptim, PretextSection
 from nldist.config.training import OptimSection, TrainSection
+from nldist.data.views import ViewOp
 
 # Also what the classes of queued jobs of nldist 0.1 are called.
 __all__ = [
@@ -38,6 +41,7 @@ __all__ = [
     "OptimSection",
     "PretextOptim",
     "PretextSection",
+    "Recipe",
     "RunSection",
     "ScanMixMethod",
     "Section",
@@ -63,6 +67,25 @@ class Config(Section):
     dist: Annotated[DistSection, FREE] = DistSection()
     engine: Annotated[EngineSection, FREE] = EngineSection()
     track: Annotated[TrackSection, FREE] = TrackSection()
+
+    @model_validator(mode="after")
+    def _check_views(self) -> "Config":
+        sections = {"pretext": self.pretext, "mine": self.mine, "cluster": self.cluster}
+        for name, section in sections.items():
+            if section is not None and isinstance(section.view, str):
+                self._check_view(f"{name}.view", section.view)
+        return self
+
+    def _check_view(self, setting: str, name: str) -> None:
+        views = self.views.by_name()
+        if name not in views:
+            near = difflib.get_close_matches(name, views, n=1)
+            more = f"did you mean {near[0]}?" if near else f"there are {', '.join(views)}"
+            raise ValueError(f"{setting}={name}, but views has no {name}; {more}")
+
+    def view(self, choice: str | list[ViewOp]) -> list[ViewOp]:
+        """The operations of a view that is named or spelt out."""
+        return self.views.by_name()[choice] if isinstance(choice, str) else choice
 
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
@@ -96,6 +119,12 @@ class Config(Section):
             )
         if self.method.dividemix.subset is not None:
             raise ValueError("method.dividemix.subset is not for scanmix, which looks at every image; set it to null")
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the training itself trains, after the stages before it."""
+        train, views = self.train, self.views
+        return Recipe(train.epochs, train.batch_size, self.optim, views.train, views.eval, train.ema_decay)
 
     def flat(self) -> dict[str, Any]:
         """All settings by dotted name, as plain values."""

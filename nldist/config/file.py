@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 import nldist
 from nldist.config import Config
+from nldist.config.section import VIEW_FORMS
 from nldist.errors import UserError
 
 _OWN = "nldist:"
@@ -112,7 +113,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 def explain(error: ValidationError, schema: type[BaseModel] = Config) -> str:
     """The first problem as one line, with the nearest setting of `schema` where one is unknown."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(str(part) for part in first["loc"] if part not in VIEW_FORMS)
     if first["type"] == "extra_forbidden":
         return f"{where} is not a setting{_nearest(first['loc'], schema)}"
     if first["type"] == "missing":

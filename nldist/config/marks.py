@@ -65,3 +65,5 @@ def _settings(section: BaseModel, prefix: str = "", above: frozenset[Mark] = fro
             yield from _settings(value, f"{prefix}{name}.", marks)
         else:
             yield _Setting(f"{prefix}{name}", plain[name], marks, value == field.get_default())
+    for name in section.__pydantic_extra__ or ():
+        yield _Setting(f"{prefix}{name}", plain[name], above, False)

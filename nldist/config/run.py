@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from nldist.config.marks import FREE
 from nldist.config.section import File, Name, Section
@@ -51,11 +51,18 @@ class DataSection(Section):
 
 
 class ViewsSection(Section):
-    """Augmentations, as lists of operations (see nldist.data.views)."""
+    """Augmentations by name, as lists of operations (see nldist.data.views). Further ones may have any name."""
 
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, list[ViewOp]] = Field(init=False)
     train: list[ViewOp] = Field(description="random view for training")
     strong: list[ViewOp] | None = Field(None, description="strong random view (ScanMix)")
     eval: list[ViewOp] = Field(description="fixed view for sweeps and evaluation")
+
+    def by_name(self) -> dict[str, list[ViewOp]]:
+        """The views that there are."""
+        views = {"train": self.train, "strong": self.strong, "eval": self.eval} | self.__pydantic_extra__
+        return {name: view for name, view in views.items() if view is not None}
 
 
 class ModelSection(Section):

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag
+
+from nldist.data.views import ViewOp
 
 
 class Section(BaseModel):
@@ -19,3 +21,11 @@ def _text(value: Any) -> Any:
 
 Name = Annotated[str, BeforeValidator(_text)]
 File = Annotated[Path, BeforeValidator(_text)]
+
+# What tells the two forms apart, in the places that pydantic gives of errors.
+VIEW_FORMS = ("a view's name", "operations")
+# The name of one of `views`, or a list of operations.
+ViewChoice = Annotated[
+    Annotated[str, Tag(VIEW_FORMS[0])] | Annotated[list[ViewOp], Tag(VIEW_FORMS[1])],
+    Discriminator(lambda value: VIEW_FORMS[0] if isinstance(value, str) else VIEW_FORMS[1]),
+]

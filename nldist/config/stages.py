@@ -5,9 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from nldist.config.marks import FREE, LATER
-from nldist.config.section import Name, Section
+from nldist.config.section import Name, Section, ViewChoice
 from nldist.config.training import Optimizer, OptimSection
-from nldist.data.views import ViewOp
 
 
 class PretextOptim(OptimSection):
@@ -33,7 +32,7 @@ class PretextSection(Section):
     name: Literal["simclr", "moco"] = "simclr"
     epochs: int = Field(500, ge=0, description="0 = keep the backbone of model.pretrained")
     batch_size: int = Field(512, ge=4, description="images per step and rank, two views of each")
-    view: list[ViewOp] = Field(description="random view, drawn twice for each image")
+    view: ViewChoice = Field(description="random view, drawn twice for each image")
     optim: PretextOptim = PretextOptim()
     dim: int = Field(128, ge=2, description="features of the projector")
     temperature: float = Field(0.1, gt=0)
@@ -51,7 +50,7 @@ class MineSection(Section):
 
     k: int = Field(20, ge=1, le=255, description="neighbours of each image, itself not counted")
     layer: Literal["projector", "backbone"] = Field("projector", description="features that are compared")
-    view: Annotated[list[ViewOp] | None, LATER] = Field(
+    view: Annotated[ViewChoice | None, LATER] = Field(
         None, description="fixed view that the features are of; none = views.eval"
     )
     factory: Name = Field("Flat", description="FAISS index; Flat is exact")
@@ -64,7 +63,7 @@ class ClusterSection(Section):
 
     epochs: int = Field(50, ge=1)
     batch_size: int = Field(128, ge=4, description="anchors per step and rank, one neighbour of each")
-    view: list[ViewOp] = Field(description="random view of anchors and neighbours")
+    view: ViewChoice = Field(description="random view of anchors and neighbours")
     optim: ClusterOptim = ClusterOptim()
     lambda_e: float = Field(5.0, ge=0, description="weight of the entropy of the mean prediction")
     num_heads: int = Field(1, ge=1, description="clusterings learnt side by side; the best of them is taken")

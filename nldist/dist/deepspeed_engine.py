@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from nldist.config import Config
+from nldist.config import Config, EngineSection, OptimSection, Recipe
 from nldist.dist.deepspeed_settings import deepspeed_settings
 from nldist.dist.engine import Backbone, Call, Engine, Precise, build_optimizer
 from nldist.dist.world import World
@@ -53,8 +53,10 @@ class DeepSpeedEngine(Engine):
         UserError: DeepSpeed cannot do what the configuration wants.
     """
 
-    def __init__(self, model: nn.Module, config: Config, world: World, *, partly: bool = False) -> None:
-        super().__init__(model, config, world)
+    def __init__(
+        self, model: nn.Module, config: Config, world: World, recipe: Recipe | None = None, *, partly: bool = False
+    ) -> None:
+        super().__init__(model, config, world, recipe)
         deepspeed = _import_deepspeed(world)
         if not dist.is_initialized():  # DeepSpeed needs a group, also of one rank; World ends it
             backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
@@ -62,15 +64,16 @@ class DeepSpeedEngine(Engine):
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
         self._stage = config.engine.zero_stage
         network = self._network()
-        self._optimizer = build_optimizer(network, config.optim)
+        self._optimizer = build_optimizer(network, self._optim)
         if self._stage and type(self._optimizer) not in _ELEMENTWISE:
-            raise UserError(f"optim.name={config.optim.name} needs whole parameters; set engine.zero_stage=0")
+            raise UserError(f"optim.name={self._optim.name} needs whole parameters; set engine.zero_stage=0")
         # The optimiser's state dict as every engine writes it: numbers instead of parameters.
         self._groups = self._optimizer.state_dict()["param_groups"]
         self._parameters: list[Any] = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._shapes = [p.shape for p in self._parameters]
         self._parts = _divide(self._optimizer, network) if partly else []
-        self._deepspeed = _initialize(deepspeed, Precise(network, self._precision), self._optimizer, config, world)
+        precise = Precise(network, self._precision)
+        self._deepspeed = _initialize(deepspeed, precise, self._optimizer, config.engine, self._optim, world)
         self._pieces = list(self._find_pieces()) if self._stage else []
 
     def _network(self) -> nn.Module:
@@ -212,15 +215,20 @@ def _import_deepspeed(world: World) -> Any:
 
 
 def _initialize(
-    deepspeed: Any, network: nn.Module, optimizer: torch.optim.Optimizer, config: Config, world: World
+    deepspeed: Any,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    engine: EngineSection,
+    optim: OptimSection,
+    world: World,
 ) -> Any:
-    settings = deepspeed_settings(config, sum(p.numel() for p in network.parameters()))
+    settings = deepspeed_settings(engine, optim, sum(p.numel() for p in network.parameters()))
     try:
         deepspeed.DeepSpeedConfig(dict(settings))
     except Exception as error:  # whatever its checks raise, it is about what the file says
-        raise UserError(f"DeepSpeed refuses engine.config {config.engine.config}: {' '.join(str(error).split())}") from None
+        raise UserError(f"DeepSpeed refuses engine.config {engine.config}: {' '.join(str(error).split())}") from None
     place = SimpleNamespace(device_rank=world.device.index or 0)
-    engine, *_ = deepspeed.initialize(
+    made, *_ = deepspeed.initialize(
         place, model=network, optimizer=optimizer, config=settings, dist_init_required=False
     )
-    return engine
+    return made

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nldist.config import Config
+from nldist.config import EngineSection, OptimSection
 from nldist.errors import UserError
 
 # Keys of DeepSpeed's configuration that a setting of ours decides.
@@ -24,22 +24,22 @@ _OURS = {
 _LARGEST_BUCKET = 50_000_000  # elements; DeepSpeed's default would take 2 GB for each network
 
 
-def deepspeed_settings(config: Config, num_parameters: int) -> dict[str, Any]:
+def deepspeed_settings(engine: EngineSection, optim: OptimSection, num_parameters: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`, for a network of so many parameters.
 
     Raises:
         UserError: engine.config cannot be read, or says what a setting of ours says.
     """
-    own = read_own_settings(config)
+    own = read_own_settings(engine)
     zero = {
-        "stage": config.engine.zero_stage,
+        "stage": engine.zero_stage,
         "reduce_bucket_size": min(num_parameters, _LARGEST_BUCKET),
         **own.pop("zero_optimization", {}),
     }
     return {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants a number, and only reports it
-        "gradient_accumulation_steps": config.optim.accumulate,
-        "gradient_clipping": config.optim.clip_norm or 0.0,
+        "gradient_accumulation_steps": optim.accumulate,
+        "gradient_clipping": optim.clip_norm or 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
@@ -48,13 +48,13 @@ def deepspeed_settings(config: Config, num_parameters: int) -> dict[str, Any]:
     }
 
 
-def read_own_settings(config: Config) -> dict[str, Any]:
+def read_own_settings(engine: EngineSection) -> dict[str, Any]:
     """The user's JSON file, checked against our settings; empty without one.
 
     Raises:
         UserError: see `deepspeed_settings`.
     """
-    path = config.engine.config
+    path = engine.config
     if path is None:
         return {}
     own = _read(path)
@@ -66,7 +66,7 @@ def read_own_settings(config: Config) -> dict[str, Any]:
         raise UserError(f"engine.config {path}: zero_optimization must be an object, not {zero!r}")
     if "stage" in zero:
         raise UserError(f"engine.config {path}: leave out zero_optimization.stage, which engine.zero_stage decides")
-    if zero and config.engine.zero_stage == 0:
+    if zero and engine.zero_stage == 0:
         raise UserError(f"engine.config {path} has zero_optimization, but engine.zero_stage=0; set 1 or 2")
     return own
 

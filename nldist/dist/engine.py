@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from nldist.config import Config, OptimSection
+from nldist.config import Config, OptimSection, Recipe
 from nldist.dist.world import World
-
 
 # (images, output, output, ...): what a network is asked for one batch.
 Call = tuple[Any, ...]
@@ -84,16 +83,23 @@ class Engine(ABC):
 
     Batch-norm buffers are rank-local while a pass runs and averaged over the ranks by `finish_pass`: broadcasting
     them at each forward would overwrite them between the several forwards of one step.
+
+    Args:
+        model: the network.
+        config: the run's.
+        world: the ranks.
+        recipe: of the stage that trains it; by default of the training itself.
     """
 
-    def __init__(self, model: nn.Module, config: Config, world: World) -> None:
-        self._world, self._optim, self._autocast = world, config.optim, config.train.autocast == "bf16"
+    def __init__(self, model: nn.Module, config: Config, world: World, recipe: Recipe | None = None) -> None:
+        recipe = recipe or config.recipe
+        self._world, self._optim, self._autocast = world, recipe.optim, config.train.autocast == "bf16"
         self._format = torch.channels_last if config.model.channels_last else torch.contiguous_format
         # A Network, or what has its `forward`.
         self.model: Any = model.to(world.device, memory_format=self._format)  # type: ignore[call-overload]
         self.averaged = None
-        if config.train.ema_decay:
-            average = get_ema_multi_avg_fn(config.train.ema_decay)  # type: ignore[no-untyped-call]
+        if recipe.ema_decay:
+            average = get_ema_multi_avg_fn(recipe.ema_decay)  # type: ignore[no-untyped-call]
             self.averaged = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
         if config.model.compile:
             self.model.compile()
@@ -213,12 +219,14 @@ class DDPEngine(Engine):
     their optimiser state then stay as they are.
     """
 
-    def __init__(self, model: nn.Module, config: Config, world: World, *, partly: bool = False) -> None:
-        super().__init__(model, config, world)
+    def __init__(
+        self, model: nn.Module, config: Config, world: World, recipe: Recipe | None = None, *, partly: bool = False
+    ) -> None:
+        super().__init__(model, config, world, recipe)
         self._precise: nn.Module = Precise(self.model, self._precision)
         if world.size > 1:
             self._precise = self._wrap(partly)
-        self._optimizer = build_optimizer(self.model, config.optim)
+        self._optimizer = build_optimizer(self.model, self._optim)
         self._settled = partly  # then DDP never regroups its buckets
         self._gradient_bytes = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
 

@@ -56,7 +56,10 @@ class Column:
         """The rows (b, ...) of any ids (b,), also of none; b may differ between the ranks. A collective."""
         if self._world.size == 1:
             return self[ids]
-        world, edges = self._world, [rank * self._num_samples // self._world.size for rank in range(self._world.size + 1)]
+        world, edges = (
+            self._world,
+            [rank * self._num_samples // self._world.size for rank in range(self._world.size + 1)],
+        )
         order = ids.argsort()
         asked = torch.searchsorted(ids[order].cpu(), torch.tensor(edges)).diff()
         mine = torch.zeros(world.size, world.size, dtype=torch.int64)
@@ -130,6 +133,8 @@ class SampleTable:
     def load(self, directory: Path) -> None:
         """Read the owned rows from slices that any number of ranks wrote.
 
+        A column of which there is no slice at all, as it came with a later nldist, keeps what it holds.
+
         Raises:
             ValueError: a column's slices do not cover the rows that this rank owns.
         """
@@ -144,5 +149,5 @@ class SampleTable:
                     place = slice(low - self.owned.start, high - self.owned.start)
                     column.rows[place] = torch.from_numpy(np.array(part)).to(column.rows)
                     num_read += high - low
-            if num_read != len(self.owned):
+            if num_read != len(self.owned) and any(match["column"] == name for match, _ in slices):
                 raise ValueError(f"{directory}: column {name} holds {num_read} of {len(self.owned)} owned rows")

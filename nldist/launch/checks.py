@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nldist.config import Config
-from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.launch.settings import ClusterSettings
+from nldist.passes.data import Data
 from nldist.run.directory import RunDirectory
 from nldist.train.dry_run import dry_run
-from nldist.train.loop import build_context
 from nldist.train.stages import stage_directories
 
 
@@ -45,7 +44,7 @@ def _different(configs: Sequence[Config]) -> list[Config]:
 
 def _stages(config: Config) -> list[Path]:
     """The directories of a run's stages, in their order."""
-    images = build_context(config, World.single()).fingerprint(labels=False)
+    images = Data.open(config.data).fingerprint(labels=False)
     return list(stage_directories(config, images).values())
 
 

@@ -16,7 +16,7 @@ class CrossEntropy(Method):
 
     def phases(self) -> list[Phase]:
         """See Method."""
-        return [Phase("train", self.context.config.train.epochs, self._passes)]
+        return [Phase("train", self.context.recipe.epochs, self._passes)]
 
     def _passes(self, epoch: int) -> list[Pass]:
         return [SupervisedPass(self.context, 0, self.engines[0], epoch, cross_entropy)]

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from nldist.data.stream import Batch
 from nldist.data.views import View
 from nldist.dist.engine import Engine
 from nldist.errors import UserError
-from nldist.estimate.division import divide, split_quality
+from nldist.estimate.division import divide
 from nldist.losses import (
     class_mean_squared_error,
     mix,
@@ -27,8 +28,9 @@ from nldist.losses import (
 )
 from nldist.passes.base import Batches, EnginePass, Metrics, Pass, Split
 from nldist.passes.context import Context
-from nldist.passes.method import Method, Phase
+from nldist.passes.method import Method, Phase, Verdicts
 from nldist.passes.supervised import Step, SupervisedPass
+from nldist.passes.sweep import LossSweep
 
 log = logging.getLogger(__name__)
 
@@ -49,17 +51,16 @@ class DivideMix(Method):
             raise UserError(f"method.dividemix.subset={self.settings.subset} is too small: set {least} or more")
         self.stale: nn.Module | None = None  # network 0 as it was before this epoch, for peers=parallel
         history = context.config.method.mixture.history
+        LossSweep.add_columns(context, "0", "1")
         for number in range(self.num_networks):
-            context.table.add(f"loss{number}", torch.float32, fill=np.nan)
             context.table.add(f"clean{number}", torch.float32, fill=1.0)
-            context.table.add(f"predicted{number}", torch.int16, fill=-1)
             if history > 1:
                 context.table.add(f"history{number}", torch.float32, (history,), fill=np.nan)
 
     def phases(self) -> list[Phase]:
         """See Method."""
         warmup = self.settings.warmup_epochs
-        rest = self.context.config.train.epochs - warmup
+        rest = self.context.recipe.epochs - warmup
         return [Phase("warmup", warmup, self._warmup), Phase("divide", rest, self._divide)]
 
     def _warmup(self, epoch: int) -> list[Pass]:
@@ -88,11 +89,24 @@ class DivideMix(Method):
         return self.context.train_view
 
     def _divide(self, epoch: int) -> list[Pass]:
+        logits = {str(n): partial(self._logits, engine) for n, engine in enumerate(self.engines)}
         if self.settings.subset is None:
-            sweeps: list[Pass] = [SweepPass(self, [0, 1], epoch, None)]
+            sweeps = [LossSweep(self.context, logits, self.divide)]
         else:
-            sweeps = [SweepPass(self, [n], epoch, self._subset(epoch, n)) for n in (0, 1)]
+            sweeps = [
+                LossSweep(
+                    self.context,
+                    {name: logits[name]},
+                    self.divide,
+                    name=f"sweep{name}",
+                    population=self._subset(epoch, int(name)),
+                )
+                for name in logits
+            ]
         return [*sweeps, DividePass(self, 0, epoch), DividePass(self, 1, epoch)]
+
+    def _logits(self, engine: Engine, images: Tensor) -> Tensor:
+        return engine.predict(images, "classify", by=engine.model.eval())[0]
 
     def _subset(self, epoch: int, number: int) -> np.ndarray:
         """A fresh class-balanced subset for each network and epoch (docs/dividemix.md, "Two forms")."""
@@ -101,9 +115,32 @@ class DivideMix(Method):
         num_classes = self.context.train.num_classes
         return balanced(self.context.labels, self.settings.subset, seed=seed, epoch=epoch, num_classes=num_classes)
 
-    def swept(self, metrics: Metrics) -> Metrics:
-        """Called with the metrics of a finished sweep; returns more of them."""
-        return {}
+    def divide(self, sweep: LossSweep) -> Metrics:
+        """The mixture over each network's losses (section 3.1) gives every sample its clean probability."""
+        metrics: Metrics = {}
+        for name, losses in sweep.losses.items():
+            metrics |= sweep.divided(name, self._division(name, losses))
+        return metrics
+
+    def _division(self, name: str, losses: np.ndarray) -> Split:
+        context, table = self.context, self.context.table
+        history = table[f"history{name}"].numpy() if context.config.method.mixture.history > 1 else None
+        values, mixture = divide(losses, history, context.config.method.mixture, context.world)
+        clean_probability = table[f"clean{name}"].numpy()
+        if mixture is not None:
+            clean_probability[:] = mixture.clean_probability(values)
+        # Without a mixture the previous division stays, and samples that it did not see count as clean.
+        clean_probability[np.isnan(clean_probability)] = 1
+        clean_probability[np.isnan(values)] = np.nan
+        return Split(values, clean_probability, mixture, self.settings.tau)
+
+    def verdicts(self) -> Verdicts | None:
+        """The mean of both networks' last divisions; with subsets None: they have not seen every sample."""
+        if self.settings.subset is not None:
+            return None
+        table = self.context.table
+        clean = np.mean([table[f"clean{n}"].numpy() for n in range(self.num_networks)], axis=0)
+        return Verdicts(clean, table["suggested"].numpy())
 
     def peer(self, number: int) -> nn.Module:
         """The other network, in eval mode."""
@@ -132,85 +169,13 @@ class DivideMix(Method):
             self.stale.load_state_dict(state["stale"])
 
 
-class SweepPass(Pass):
-    """Every sample's loss and prediction by one or both networks, then the mixture over the losses."""
-
-    name = "sweep"
-    trains = False
-
-    def __init__(self, method: DivideMix, numbers: list[int], epoch: int, population: np.ndarray | None) -> None:
-        self._method, self._numbers, self._epoch, self._population = method, numbers, epoch, population
-        self._context = method.context
-        self.name = "sweep" if len(numbers) > 1 else f"sweep{numbers[0]}"
-        self.batch = {"all": self._context.config.train.eval_batch_size}
-        self.num_samples = len(self._context.train) if population is None else len(population)
-        self._splits: dict[str, Split] = {}
-
-    def plan(self) -> Plan:
-        """See Pass."""
-        return self._context.sweep(len(self._context.train), self._population)
-
-    def start(self, num_steps: int, start_step: int) -> None:
-        """See Pass."""
-        for number in self._numbers:
-            self._method.engines[number].model.eval()
-            if start_step == 0:
-                self._context.table[f"loss{number}"].reset()
-
-    def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
-        """See Pass."""
-        batch = batches["all"]
-        if not len(batch.ids):
-            return {}
-        images, table = self._context.fixed_view(batch), self._context.table
-        for number in self._numbers:
-            (logits,) = self._method.engines[number].predict(images, "classify")
-            losses = F.cross_entropy(logits, batch.labels, reduction="none")
-            if not losses.isfinite().all():
-                raise UserError(f"net{number} has diverged (loss not finite); lower optim.lr or set optim.clip_norm")
-            table[f"loss{number}"][batch.ids] = losses
-            table[f"predicted{number}"][batch.ids] = logits.argmax(1)
-        return {}
-
-    def splits(self) -> dict[str, Split]:
-        """See Pass."""
-        return self._splits
-
-    def finish(self) -> Metrics:
-        """The division by each network, and its quality where true labels are known."""
-        metrics: Metrics = {}
-        for number in self._numbers:
-            metrics |= self._divide(number)
-        return metrics | self._method.swept(metrics)
-
-    def _divide(self, number: int) -> Metrics:
-        context, table = self._context, self._context.table
-        history = table[f"history{number}"].numpy() if context.config.method.mixture.history > 1 else None
-        losses, mixture = divide(table[f"loss{number}"].numpy(), history, context.config.method.mixture, context.world)
-        clean_probability = table[f"clean{number}"].numpy()
-        if mixture is not None:
-            clean_probability[:] = mixture.clean_probability(losses)
-        # Without a mixture the previous division stays, and samples that it did not see count as clean.
-        clean_probability[np.isnan(clean_probability)] = 1
-        clean_probability[np.isnan(losses)] = np.nan
-        self._splits[f"net{number}"] = Split(losses, clean_probability, mixture)
-        clean = table[f"clean{number}"].gather()
-        truth = None
-        if context.clean is not None and context.world.is_main:  # it reports
-            truth = context.clean == context.labels
-        quality = split_quality(clean, truth, self._method.settings.tau)
-        if mixture is not None:
-            quality |= {"mixture_iterations": mixture.num_iterations, "mixture_gap": float(np.ptp(mixture.means))}
-        return {f"{name}{number}": value for name, value in quality.items()}
-
-
 class DividePass(EnginePass):
     """One epoch of semi-supervised training of one network on its peer's division (DivideMix, Algorithm 1)."""
 
     def __init__(self, method: DivideMix, number: int, epoch: int) -> None:
         super().__init__(method.context, number, method.engines[number], epoch)
         self._method, self._settings = method, method.settings
-        half = method.context.config.train.batch_size // 2
+        half = method.context.recipe.batch_size // 2
         self.batch = {"labelled": half, "unlabelled": half}
         self.num_samples = self._settings.subset or len(self.context.train)
         self.num_rows = half * (4 if self._settings.form == "cifar" else 2)

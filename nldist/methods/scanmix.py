@@ -15,7 +15,11 @@ from nldist.models import Network
 from nldist.passes.base import Metrics, Pass
 from nldist.passes.context import Context
 from nldist.passes.supervised import Step, SupervisedPass
-from nldist.pretext.scan import NeighbourPass
+from nldist.passes.sweep import LossSweep
+from nldist.pretext.mine import MINE
+from nldist.pretext.pairs import NeighbourPass
+from nldist.pretext.scan import CLUSTER
+from nldist.pretext.stage import PRETEXT
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +30,8 @@ class ScanMix(DivideMix):
     An epoch is DivideMix's (E-step and semi-supervised M-step) and then a clustering pass over all images, with
     neighbours that the other network predicts to be of the anchor's class.
     """
+
+    stages = (PRETEXT, MINE, CLUSTER)
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -79,9 +85,7 @@ class ScanMix(DivideMix):
 
     def _view(self, name: str) -> View:
         strong = self.high_noise if name == "by_noise" else name == "strong"
-        view = self.context.strong_view if strong else self.context.train_view
-        assert view is not None
-        return view
+        return self.context.named_view("strong") if strong else self.context.train_view
 
     @property
     def high_noise(self) -> bool:
@@ -89,14 +93,14 @@ class ScanMix(DivideMix):
         assert self.noise_rate is not None
         return self.noise_rate > self.scan.noise_threshold
 
-    def swept(self, metrics: Metrics) -> Metrics:
+    def divide(self, sweep: LossSweep) -> Metrics:
         """The first sweep after the warm-up estimates the noise rate: the share that is not labelled."""
+        metrics = super().divide(sweep)
         if self.noise_rate is None:
             self.noise_rate = 1 - (metrics["labelled_share0"] + metrics["labelled_share1"]) / 2
-            if self.context.world.is_main:
-                kind = "high" if self.high_noise else "low"
-                log.info("estimated noise rate %.2f: settings for %s noise", self.noise_rate, kind)
-        return {"noise_rate": self.noise_rate}
+            kind = "high" if self.high_noise else "low"
+            log.info("estimated noise rate %.2f: settings for %s noise", self.noise_rate, kind)
+        return metrics | {"noise_rate": self.noise_rate}
 
     def _divide(self, epoch: int) -> list[Pass]:
         passes = super()._divide(epoch)

@@ -96,11 +96,19 @@ class EnginePass(Pass):
 
 @dataclass(frozen=True)
 class Split:
-    """One network's division into clean and noisy, for plots: this rank's samples."""
+    """A division of this rank's samples into clean and noisy.
 
-    losses: np.ndarray  # (owned,) normalised, NaN where not seen
-    clean_probability: np.ndarray  # (owned,)
+    Attributes:
+        losses: (owned,) normalised, NaN where not seen.
+        clean_probability: (owned,), NaN where not seen.
+        mixture: of the losses; None where there is none.
+        tau: a sample counts as clean above this probability.
+    """
+
+    losses: np.ndarray
+    clean_probability: np.ndarray
     mixture: Mixture | None
+    tau: float
 
 
 @dataclass(frozen=True)

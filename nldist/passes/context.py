@@ -1,7 +1,5 @@
 """What a method is given: settings, world, data, per-sample state; streams, plans and views of them."""
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nldist.config import Config
+from nldist.config import Config, Recipe
 from nldist.data.cache import ShardCache
 from nldist.data.index import Index
 from nldist.data.plan import Plan, shuffled, sweep
@@ -21,46 +19,74 @@ from nldist.dist.engine import Engine, batch_factor, learning_rate
 from nldist.dist.table import SampleTable
 from nldist.dist.world import World
 from nldist.models import Network, build_model
+from nldist.passes.data import Data
 
 
 @dataclass
 class Context:
-    """What every method is given: the run's settings, this rank's world, the data and the per-sample state."""
+    """What every method is given: settings, this rank's world, the data, and the per-sample state.
+
+    Attributes:
+        config: the whole run's settings.
+        recipe: how this stage of it trains.
+        world: this rank's.
+        data: the images and labels.
+        directory: where this stage keeps its large products.
+        products: the run directories of the stages before this one, by name.
+        table: the per-sample state.
+    """
 
     config: Config
+    recipe: Recipe
     world: World
-    train: Index
-    evaluation: Index
-    labels: np.ndarray  # (N,) the labels to train with
-    clean: np.ndarray | None  # (N,) true labels where known; only to measure
-    table: SampleTable
-    directory: Path = Path("tables")  # where the run keeps its large products
-    products: Mapping[str, Path] = field(default_factory=dict)  # run directories of the stages before this one
+    data: Data
+    directory: Path = Path("tables")
+    products: Mapping[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        data, views = self.config.data, self.config.views
-        self.train_view = View(views.train, data.mean, data.std)
-        self.strong_view = View(views.strong, data.mean, data.std) if views.strong else None
-        self.eval_view = View(views.eval, data.mean, data.std)
+        data = self.config.data
+        self.table = SampleTable(len(self.train), self.world)
+        self.train_view, self.eval_view = (
+            View(ops, data.mean, data.std) for ops in (self.recipe.train_view, self.recipe.eval_view)
+        )
+        self._views: dict[str, View] = {}
         self._cache = ShardCache(data.cache_dir, int(data.cache_gib * 2**30)) if data.cache_dir else None
+
+    @property
+    def train(self) -> Index:
+        """The training images."""
+        return self.data.train
+
+    @property
+    def evaluation(self) -> Index:
+        """The images that accuracy is measured on."""
+        return self.data.evaluation
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The labels to train with, (N,)."""
+        return self.data.labels
+
+    @property
+    def clean(self) -> np.ndarray | None:
+        """The true labels where they are known, (N,): only to measure."""
+        return self.data.clean
+
+    def named_view(self, name: str) -> View:
+        """One of `views`."""
+        if name not in self._views:
+            self._views[name] = View(self.config.view(name), self.config.data.mean, self.config.data.std)
+        return self._views[name]
 
     @property
     def global_batch(self) -> int:
         """Samples per optimiser step of one network, over all ranks."""
-        return self.config.train.batch_size * self.world.size * self.config.optim.accumulate
+        return self.recipe.batch_size * self.world.size * self.recipe.optim.accumulate
 
     def learning_rate(self, epoch: float) -> float:
         """The scheduled learning rate at a (fractional) epoch, for the global batch."""
-        optim = self.config.optim
-        return learning_rate(optim, epoch, max(self.config.train.epochs, 1), batch_factor(optim, self.global_batch))
-
-    def fingerprint(self, *, labels: bool = True) -> str:
-        """Names the training samples, their order and their labels: what per-sample state belongs to."""
-        index = self.train
-        digest = hashlib.sha256(json.dumps([index.name, index.classes, len(index)]).encode())
-        for column in (index.crc32, index.label, self.labels) if labels else (index.crc32,):
-            digest.update(np.ascontiguousarray(column).data)
-        return digest.hexdigest()
+        optim = self.recipe.optim
+        return learning_rate(optim, epoch, max(self.recipe.epochs, 1), batch_factor(optim, self.global_batch))
 
     def stream(self, split: str, plan: Plan, start_step: int = 0) -> Stream:
         """The batches of a plan over the split "train" (with the labels to train with) or "evaluation"."""
@@ -87,7 +113,7 @@ class Context:
         model = self.config.model
         torch.manual_seed(self.config.run.seed * 1009 + number)
         network = build_model(model.name, self.train.num_classes, pretrained=model.pretrained)
-        return build_engine(shape(network), self.config, self.world, partly=partly)
+        return build_engine(shape(network), self.config, self.world, self.recipe, partly=partly)
 
     def shuffled(self, epoch: int, purpose: int, batch_size: int) -> Plan:
         """A shuffled plan over all training samples; `purpose` tells the plans of one epoch apart."""

@@ -1,17 +1,24 @@
-"""A method: networks, per-sample state, and the phases of epochs that train them."""
+"""A method: networks, per-sample state, and the phases of epochs that train them. A stage: a method's run."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from nldist.config import Config, Recipe
+from nldist.config.marks import naming
 from nldist.dist.engine import Engine
 from nldist.passes.base import Pass
 from nldist.passes.context import Context
 from nldist.passes.evaluate import EvaluationPass
+
+_VERSION = 1  # of what stages compute: to be raised when the same settings come to mean something else
+# Beginnings of the names of settings that decide about every stage.
+_SHARED = ("run.seed", "model.", "data.mean", "data.std", "data.max_side", "data.window", "train.autocast")
 
 
 @dataclass(frozen=True)
@@ -23,9 +30,23 @@ class Phase:
     passes: Callable[[int], list[Pass]]
 
 
+@dataclass(frozen=True)
+class Verdicts:
+    """What a method says of the labels of this rank's samples, by ascending id.
+
+    Attributes:
+        clean_probability: (owned,) of the given label; NaN where the method has not seen the sample.
+        suggested: int (owned,), the class that the label should be; -1 where the method has not seen the sample.
+    """
+
+    clean_probability: np.ndarray
+    suggested: np.ndarray
+
+
 class Method(ABC):
     """Networks, per-sample columns, and the phases that train them."""
 
+    stages: ClassVar[tuple["Stage", ...]] = ()  # before its training, in their order
     num_networks: ClassVar[int] = 1
     score: ClassVar[str] = "accuracy"  # the metric of an epoch that says which weights are best: higher is better
     uses_labels: ClassVar[bool] = True  # whether the training labels decide about what is learnt
@@ -48,9 +69,18 @@ class Method(ABC):
     def phases(self) -> list[Phase]:
         """The method's phases; their epochs add up to the run's."""
 
+    @property
+    def num_epochs(self) -> int:
+        """Epochs in all."""
+        return sum(phase.num_epochs for phase in self.phases())
+
     def evaluation(self, epoch: int) -> list[Pass]:
         """The passes that measure at an epoch's end: by default the accuracy of `logits`."""
         return [EvaluationPass(self.context, self.logits)]
+
+    def verdicts(self) -> Verdicts | None:
+        """What it says of the labels; None: nothing, and the losses of its networks are to say it."""
+        return None
 
     def weights(self) -> list[dict[str, Tensor]]:
         """What weights/*.pt holds: the state of each network that is evaluated."""
@@ -82,3 +112,31 @@ class Method(ABC):
         """Load what `rank_state_dict` gave on the same rank."""
         for engine, engine_state in zip(self.engines, state["engines"], strict=True):
             engine.load_rank_state_dict(engine_state)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of its own, in a directory of its own, that takes over what the stages before it left.
+
+    Attributes:
+        name: what users call it.
+        recipe: how it trains, from the run's settings.
+        build: its method.
+        needs: the stages that it builds on.
+        settings: beginnings of the names of the settings that decide about its outcome, beside the shared ones.
+        views: what else decides: views under the names of the settings that choose them.
+    """
+
+    name: str
+    recipe: Callable[[Config], Recipe]
+    build: Callable[[Context], Method]
+    needs: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    views: Callable[[Config], dict[str, Any]] = lambda config: {}
+
+    def decides(self, config: Config) -> list[Any]:
+        """What decides about its outcome, beside the images and the stages before: of plain values."""
+        names = (*_SHARED, *self.settings)
+        chosen = {name: value for name, value in naming(config).items() if name.startswith(names)}
+        views = {name: config.view(choice) for name, choice in self.views(config).items()}
+        return [_VERSION, chosen | {name: [op.model_dump(mode="json") for op in ops] for name, ops in views.items()}]

@@ -44,7 +44,7 @@ class SupervisedPass(EnginePass):
     ) -> None:
         super().__init__(context, number, engine, epoch)
         self._loss, self._view = loss, view
-        self.batch = {"all": context.config.train.batch_size}
+        self.batch = {"all": context.recipe.batch_size}
         self.num_samples, self.num_rows = len(context.train), self.batch["all"]
 
     def plan(self) -> Plan:

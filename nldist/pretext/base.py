@@ -38,7 +38,7 @@ class Pretext(Method):
 
     def phases(self) -> list[Phase]:
         """See Method."""
-        return [Phase("pretext", self.context.config.train.epochs, lambda epoch: [self.train_pass(epoch)])]
+        return [Phase("pretext", self.context.recipe.epochs, lambda epoch: [self.train_pass(epoch)])]
 
     @abstractmethod
     def train_pass(self, epoch: int) -> Pass:
@@ -46,7 +46,7 @@ class Pretext(Method):
 
     def evaluation(self, epoch: int) -> list[Pass]:
         """k-NN accuracy every `knn_every` epochs and at the end; what comes between is not measured."""
-        last = epoch + 1 == self.context.config.train.epochs
+        last = epoch + 1 == self.context.recipe.epochs
         due = last or (epoch + 1) % self.settings.knn_every == 0
         return knn_passes(self.context, self.features, self.settings) if due else []
 
@@ -66,7 +66,7 @@ class PretextPass(EnginePass):
     def __init__(self, method: Pretext, epoch: int) -> None:
         super().__init__(method.context, 0, method.engines[0], epoch)
         self.settings = method.settings
-        self.batch = {"all": method.context.config.train.batch_size}
+        self.batch = {"all": method.context.recipe.batch_size}
         self.num_samples, self.num_rows = len(self.context.train), 2 * self.batch["all"]
 
     def plan(self) -> Plan:

@@ -1,13 +1,16 @@
 """Stage mine: features of every image in one sweep, then the graph of nearest neighbours (ScanMix, section 3.2)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nldist.config import Config, Recipe
 from nldist.data.plan import Part, Plan
+from nldist.data.views import ViewOp
 from nldist.dist.checkpoint import load_file
 from nldist.dist.engine import Engine
 from nldist.estimate.graph import GraphFile, neighbours_of, normalise, open_graph, purity
@@ -15,10 +18,24 @@ from nldist.estimate.neighbours import ShardedIndex
 from nldist.models import Network
 from nldist.passes.base import Batches, Curves, Metrics, Pass
 from nldist.passes.context import Context
-from nldist.passes.method import Method, Phase
+from nldist.passes.method import Method, Phase, Stage
+from nldist.passes.sweep import FeatureSweep
 from nldist.pretext.base import with_projector
 
 GRAPH_FILE = "neighbours.npy"
+
+
+def _view(config: Config) -> str | list[ViewOp]:
+    return config.views.eval if config.mine.view is None else config.mine.view
+
+
+def _recipe(config: Config) -> Recipe:
+    return replace(config.recipe, eval_view=config.view(_view(config)))
+
+
+def _views(config: Config) -> dict[str, Any]:
+    own = {} if config.mine.view is None else {"mine.view": _view(config)}
+    return {"views.eval": _view(config)} | own
 
 
 class Mine(Method):
@@ -33,7 +50,7 @@ class Mine(Method):
         assert context.config.pretext is not None
         projected = self.settings.layer == "projector"
         dim = context.config.pretext.dim if projected else self.engines[0].model.num_features
-        context.table.add("features", torch.float32, (dim,))
+        self.column = context.table.add("features", torch.float32, (dim,))
 
     def build_engines(self) -> list[Engine]:
         """See Method."""
@@ -51,7 +68,7 @@ class Mine(Method):
     def phases(self) -> list[Phase]:
         """See Method."""
         return [
-            Phase("features", 1, lambda epoch: [FeaturePass(self)]),
+            Phase("features", 1, lambda epoch: [FeatureSweep(self.context, self.features, self.column)]),
             Phase("search", 1, lambda epoch: [SearchPass(self.context)]),
         ]
 
@@ -67,37 +84,6 @@ class Mine(Method):
         """Features (b, d) of the configured layer, in eval mode, no gradient."""
         layer = "project" if self.settings.layer == "projector" else "features"
         return self.engines[0].predict(images, layer, by=self.engines[0].model.eval())[0]
-
-
-class FeaturePass(Pass):
-    """Every image's features into the samples' table; those of an image that cannot be read stay zero."""
-
-    name = "features"
-    trains = False
-
-    def __init__(self, method: Mine) -> None:
-        self._method, self._context = method, method.context
-        self.batch = {"all": self._context.config.train.eval_batch_size}
-        self.num_samples = len(self._context.train)
-
-    def plan(self) -> Plan:
-        """See Pass."""
-        return self._context.sweep(self.num_samples)
-
-    def start(self, num_steps: int, start_step: int) -> None:
-        """See Pass."""
-
-    def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
-        """See Pass."""
-        batch = batches["all"]
-        if len(batch.ids):
-            features = self._method.features(self._context.fixed_view(batch))
-            self._context.table["features"][batch.ids] = features
-        return {}
-
-    def finish(self) -> Metrics:
-        """See Pass."""
-        return {}
 
 
 class SearchPass(Pass):
@@ -170,3 +156,6 @@ class _Blocks:
 
     def step(self, k: int) -> dict[str, Part]:
         return {}
+
+
+MINE = Stage("mine", _recipe, Mine, needs=("pretext",), settings=("mine.",), views=_views)

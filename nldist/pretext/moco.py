@@ -39,7 +39,7 @@ class MoCo(Pretext):
 
     def check(self, world_size: int) -> None:
         """See Method."""
-        batch = self.context.config.train.batch_size * world_size
+        batch = self.context.recipe.batch_size * world_size
         if self.settings.queue < batch:
             raise UserError(
                 f"pretext.queue={self.settings.queue} is smaller than a step's {batch} images "

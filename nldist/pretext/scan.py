@@ -1,7 +1,6 @@
 """SCAN (Van Gansbeke et al., ECCV 2020): clustering by neighbours, ScanMix's second stage (docs/scanmix.md)."""
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,23 +8,21 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from nldist.data.neighbour_plan import nearest, neighbours
+from nldist.config import Config, Recipe
+from nldist.data.neighbour_plan import nearest
 from nldist.data.plan import Plan
-from nldist.data.stream import Batch
-from nldist.data.views import View
 from nldist.dist.checkpoint import load_file
-from nldist.dist.engine import Backbone, Engine
-from nldist.dist.rows import global_mean, row_counts
+from nldist.dist.engine import Engine
 from nldist.errors import UserError
-from nldist.losses import agreement, mean_negative_entropy
+from nldist.losses import agreement
 from nldist.models import Network
-from nldist.passes.base import Batches, EnginePass, Metrics, Pass
+from nldist.passes.base import Batches, Metrics, Pass
 from nldist.passes.context import Context
 from nldist.passes.evaluate import EvaluationPass
-from nldist.passes.method import Method, Phase
-from nldist.pretext.mine import GRAPH_FILE
+from nldist.passes.method import Method, Phase, Stage
+from nldist.pretext.pairs import NeighbourPass, find, graph_path
 
-_PURPOSE = 64  # of plans and views; two per network
+_HOLDOUT = 64  # of the choice of images that are kept apart, beside the seed
 _NUM_SCORED = 6  # pairs of an image that count in the score of an epoch, with itself first: the authors' number
 
 
@@ -45,7 +42,7 @@ class Scan(Method):
         self.best_head = 0
         super().__init__(context)
         num_samples = len(context.train)
-        order = np.random.default_rng([context.config.run.seed, _PURPOSE]).permutation(num_samples)
+        order = np.random.default_rng([context.config.run.seed, _HOLDOUT]).permutation(num_samples)
         num_kept = max(round(self.settings.holdout * num_samples), 1)
         self.kept_apart, self.anchors = np.sort(order[:num_kept]), np.sort(order[num_kept:])
 
@@ -129,94 +126,6 @@ class Scan(Method):
         self.best_head = state["best_head"]
 
 
-class NeighbourPass(EnginePass):
-    """One epoch over anchors, one neighbour of each: agreement of the pair, entropy of the global batch.
-
-    Args:
-        context: of the run.
-        number: the network's.
-        engine: the network's.
-        epoch: in the whole run.
-        batch_size: anchors per step and rank.
-        lambda_e: weight of the entropy term.
-        rate: learning rate at a fractional epoch.
-        num_heads: clusterings that the network's outputs are, one after the other; the loss is their mean.
-        view: random view of anchors and neighbours; None = views.train.
-        predicted: gives the predicted class (N,) of every id when the pass begins; None = every neighbour is valid.
-        include_self: count an image among its own neighbours.
-        population: sorted ids of the anchors; None = all.
-        backbone: what becomes of it.
-    """
-
-    def __init__(
-        self,
-        context: Context,
-        number: int,
-        engine: Engine,
-        epoch: int,
-        *,
-        batch_size: int,
-        lambda_e: float,
-        rate: Callable[[float], float],
-        num_heads: int = 1,
-        view: Callable[[], View] | None = None,
-        predicted: Callable[[], np.ndarray] | None = None,
-        include_self: bool = True,
-        population: np.ndarray | None = None,
-        backbone: Backbone = "learns",
-    ) -> None:
-        super().__init__(context, number, engine, epoch)
-        self.name = f"cluster{number}"
-        self.batch = {"anchors": batch_size, "neighbours": batch_size}
-        self.num_samples = len(context.train) if population is None else len(population)
-        self.num_rows = 2 * batch_size
-        self._num_heads, self._lambda_e, self._rate = num_heads, lambda_e, rate
-        self._view, self._predicted, self._include_self = view, predicted, include_self
-        self._population, self._backbone = population, backbone
-
-    def plan(self) -> Plan:
-        """See Pass."""
-        context, world = self.context, self.context.world
-        return neighbours(
-            len(context.train),
-            graph_path(context),
-            rank=world.rank,
-            size=world.size,
-            batch_size=self.batch["anchors"],
-            seed=context.config.run.seed + 1_000_003 * (_PURPOSE + self.number),
-            epoch=self.epoch,
-            window=context.config.data.window,
-            predicted=self._predicted() if self._predicted else None,
-            include_self=self._include_self,
-            population=self._population,
-        )
-
-    def usable(self, batches: Batches) -> bool:
-        """See Pass."""
-        return len(whole_pairs(batches["anchors"], batches["neighbours"])[0]) > 0
-
-    def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
-        """See Pass."""
-        world = self.context.world
-        anchors, partners = whole_pairs(batches["anchors"], batches["neighbours"])
-        view, purpose = self._view() if self._view else None, _PURPOSE + 2 * self.number
-        images = [
-            self.context.view(batches[role], self.epoch, purpose + n, view)[rows]
-            for n, (role, rows) in enumerate((("anchors", anchors), ("neighbours", partners)))
-        ]
-        calls = [(image, "cluster") for image in images]
-        log_p, log_n = (
-            logits.view(len(logits), self._num_heads, -1).log_softmax(2)
-            for logits in self.engine.forward(*calls, backbone=self._backbone)
-        )
-        disagreement = -global_mean(agreement(log_p, log_n).mean(1), row_counts(len(log_p), world), world)
-        # The sum of all heads' terms, in one collective.
-        entropy = mean_negative_entropy(log_p.exp().flatten(1), world) / self._num_heads
-        loss = disagreement + self._lambda_e * entropy
-        self.engine.step(loss, self._rate(self.progress(step)))
-        return {"loss": loss.detach(), "loss_agree": disagreement.detach(), "loss_entropy": entropy.detach()}
-
-
 class ValidationPass(Pass):
     """SCAN's loss on images kept apart: over each image itself and 5 neighbours of it, and the entropy of all of them.
 
@@ -263,7 +172,7 @@ class ValidationPass(Pass):
                 self._method.all_logits(self._context.fixed_view(batch)).double().log_softmax(2)
                 for batch in (anchors, partners)
             )
-            place, found = _find(partners.draws, anchors.draws)
+            place, found = find(partners.draws, anchors.draws)
             agreements = torch.cat([agreement(log_p, log_p), agreement(log_p[place[found]], log_n[found])])
             num_classes = log_p.shape[2]
             self._sums[:, :num_classes] += log_p.exp().sum(0)
@@ -295,21 +204,15 @@ class ClusterEvaluationPass(EvaluationPass):
         return {"cluster_accuracy": matched, "num_evaluated": metrics["num_evaluated"]}
 
 
-def graph_path(context: Context) -> Path:
-    """The neighbour graph that stage mine has left."""
-    return context.products["mine"] / "tables" / GRAPH_FILE
+def _recipe(config: Config) -> Recipe:
+    section = config.cluster
+    assert section is not None
+    return Recipe(section.epochs, section.batch_size, section.optim, config.view(section.view), config.views.eval)
 
 
-def whole_pairs(anchors: Batch, partners: Batch) -> tuple[Tensor, Tensor]:
-    """Rows of both batches that make whole pairs: where one image could not be read, its partner is left out."""
-    place, found = _find(anchors.draws, partners.draws)
-    return found, place[found]
+def _views(config: Config) -> dict[str, Any]:
+    assert config.cluster is not None
+    return {"cluster.view": config.cluster.view, "views.eval": config.views.eval}
 
 
-def _find(wanted: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """For each of `wanted` its place in `draws` (distinct), and which of them are there at all."""
-    if not len(draws):
-        return torch.zeros_like(wanted), wanted.new_empty(0)
-    ordered, order = draws.sort()
-    place = torch.searchsorted(ordered, wanted).clamp_max(len(draws) - 1)
-    return order[place], torch.nonzero(ordered[place] == wanted)[:, 0]
+CLUSTER = Stage("cluster", _recipe, Scan, needs=("pretext", "mine"), settings=("cluster.",), views=_views)

@@ -150,6 +150,7 @@ class RunDirectory:
         return networks
 
 
+@torch.no_grad()
 def ensemble(networks: list[Network], images: torch.Tensor) -> torch.Tensor:
     """Sum of the networks' logits (b, C), float32."""
     return torch.stack([network.logits(images).float() for network in networks]).sum(0)

@@ -11,13 +11,12 @@ from nldist.data.stream import Batch
 from nldist.dist.deepspeed_settings import read_own_settings
 from nldist.dist.engine import num_moments
 from nldist.dist.world import World
-from nldist.methods.build import build_method
 from nldist.models import Network
 from nldist.passes.context import Context
+from nldist.passes.data import Data, check_size
 from nldist.passes.method import Method, Phase
 from nldist.run.directory import RunDirectory
-from nldist.train.loop import build_context, check_size
-from nldist.train.stages import MAIN, STAGES, stage_config, stage_directories
+from nldist.train.stages import TRAIN, stage_directories, stages_of
 
 _STEPS_AHEAD = 4  # batches of one worker that are made, waiting or in use
 _PROBE = 4  # images in the forward and backward pass that measures activations
@@ -30,18 +29,18 @@ def dry_run(config: Config, world_size: int) -> Iterator[str]:
         UserError: whatever a run with this configuration would refuse.
     """
     world, engine = World.single(), config.engine
-    read_own_settings(config)
+    read_own_settings(engine)
     config = config.model_copy(update={"engine": EngineSection()})  # whose networks are the same, and sooner there
-    context = build_context(config, world)
-    check_size(len(context.train), world_size)
-    yield from _data_lines(context)
-    for name, path in stage_directories(config, context.fingerprint(labels=False)).items():
-        done = " (done before: it will not run)" if RunDirectory(path).summary is not None else ""
-        yield f"stage       {name} in {path}{done}"
-        stage_context = build_context(stage_config(name, config, path), world)
-        yield from _method_lines(stage_context, STAGES[name].build(stage_context), engine, world_size)
-    yield f"stage       {MAIN} in {config.run.dir}"
-    yield from _method_lines(context, build_method(context), engine, world_size)
+    data = Data.open(config.data)
+    check_size(len(data.train), world_size)
+    yield from _data_lines(Context(config, config.recipe, world, data))
+    directories = stage_directories(config, data.fingerprint(labels=False)) | {TRAIN.name: config.run.dir}
+    for stage in stages_of(config):
+        path = directories[stage.name]
+        done = stage is not TRAIN and RunDirectory(path).summary is not None
+        yield f"stage       {stage.name} in {path}{' (done before: it will not run)' if done else ''}"
+        context = Context(config, stage.recipe(config), world, data)
+        yield from _method_lines(context, stage.build(context), engine, world_size)
 
 
 def _method_lines(context: Context, method: Method, settings: EngineSection, world_size: int) -> Iterator[str]:
@@ -94,7 +93,7 @@ def _phases(method: Method) -> Iterator[tuple[Phase, int]]:
 def _memory_lines(context: Context, method: Method, settings: EngineSection, world_size: int) -> Iterator[str]:
     engine = method.engines[0]
     num_parameters = sum(p.numel() for p in engine.model.parameters())
-    optim, averaged = context.config.optim, context.config.train.ema_decay is not None
+    optim, averaged = context.recipe.optim, context.recipe.ema_decay is not None
     num_copies = _num_copies(settings.zero_stage, num_moments(optim), world_size) + averaged
     fixed = len(method.engines) * num_copies * 4 * num_parameters + method.extra_bytes
     num_rows = max((task.num_rows for phase, epoch in _phases(method) for task in phase.passes(epoch)), default=0)

@@ -7,17 +7,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nldist.config import Config
 from nldist.data.index import Index
-from nldist.dist.table import SampleTable
+from nldist.data.stream import Batch
 from nldist.dist.world import World
 from nldist.files import write_text
 from nldist.passes.context import Context
+from nldist.passes.data import Data
 from nldist.passes.evaluate import EvaluationPass
+from nldist.passes.sweep import Output, Sweep
 from nldist.report import plots
 from nldist.run.directory import RunDirectory, ensemble
-from nldist.train.meter import Watch
+from nldist.train.run_pass import run_pass
 
 
 def evaluate(
@@ -38,7 +41,7 @@ def evaluate(
     config = run.config(overrides)
     with World.start(**config.dist.model_dump()) as world:
         task = _evaluation(run, config, world, split or config.data.eval_split, weights)
-        metrics = task.finish()
+        metrics = run_pass(task.context, task)
         confusion = task.confusion.cpu().numpy()
         classes = task.context.evaluation.classes
         totals, hits = confusion.sum(1).tolist(), confusion.diagonal().tolist()
@@ -58,24 +61,36 @@ def evaluate(
 
 
 def _evaluation(run: RunDirectory, config: Config, world: World, split: str, weights: str) -> EvaluationPass:
-    """An evaluation pass with all its steps done."""
-    context = _evaluation_context(config, world, split)
-    networks = [network.to(world.device) for network in run.load_networks(weights, config, context.train.classes)]
-    task = EvaluationPass(context, lambda images: ensemble(networks, images))
-    plan = task.plan()
-    task.start(plan.num_steps, 0)
-    for step, batches in enumerate(context.stream("evaluation", plan)):
-        task.step(batches, step)
-    return task
+    context = _context(config, world, split)
+    return EvaluationPass(context, _logits(run, weights, context))
 
 
-def _evaluation_context(config: Config, world: World, split: str) -> Context:
+def _context(config: Config, world: World, split: str) -> Context:
     """A context with one split, and its own labels."""
     index = Index.open(config.data.root, split, config.data.cache_dir)
-    return Context(config, world, index, index, index.label, None, SampleTable(len(index), world))
+    return Context(config, config.recipe, world, Data(index, index, index.label, None))
 
 
-@torch.no_grad()
+def _logits(run: RunDirectory, weights: str, context: Context) -> Output:
+    """The sum of the logits of a run's networks."""
+    classes, device = context.train.classes, context.world.device
+    networks = [network.to(device) for network in run.load_networks(weights, context.config, classes)]
+    return lambda images: ensemble(networks, images)
+
+
+class _Prediction(Sweep):
+    """Every image's predicted class."""
+
+    def __init__(self, context: Context, logits: Output) -> None:
+        super().__init__(context, f"predict {context.train.split}")
+        self._logits = logits
+        self.predicted = context.table.add("predicted", torch.int32, fill=-1)
+
+    def see(self, batch: Batch, images: Tensor) -> None:
+        """See Sweep."""
+        self.predicted[batch.ids] = self._logits(images).argmax(1)
+
+
 def predict(run_dir: Path, weights: Literal["last", "best"], data_root: Path, split: str) -> np.ndarray:
     """The class that a run's networks predict for every image of a split, int32 (N,), on every rank.
 
@@ -85,18 +100,7 @@ def predict(run_dir: Path, weights: Literal["last", "best"], data_root: Path, sp
     run = RunDirectory(run_dir)
     config = run.config([f"data.root={data_root}", "data.on_bad=refuse"])
     with World.start(**config.dist.model_dump()) as world:
-        context = _evaluation_context(config, world, split)
-        networks = [network.to(world.device) for network in run.load_networks(weights, config, context.train.classes)]
-        predicted = context.table.add("predicted", torch.int32, fill=-1)
-        plan = context.sweep(len(context.train))
-        watch = Watch(f"{split} predict", plan.num_steps, 0, config.track.every_seconds)
-        stream = context.stream("evaluation", plan)
-        for step, batches in enumerate(stream):
-            batch = batches["all"]
-            if not len(batch.ids):
-                continue
-            logits = ensemble(networks, context.fixed_view(batch))
-            predicted[batch.ids] = logits.argmax(1)
-            if watch.due() and world.is_main:
-                print(watch.line(step + 1, watch.rates(stream.num_images, stream.wait_seconds), {}), flush=True)
-        return predicted.gather()
+        context = _context(config, world, split)
+        task = _Prediction(context, _logits(run, weights, context))
+        run_pass(context, task)
+        return task.predicted.gather()

@@ -1,146 +1,195 @@
-"""What a run leaves for people and scripts: summary, plots, the samples' table, the line of an epoch."""
+"""What people and scripts are told of a stage: lines, status, tracked metrics, plots, tables and the summary."""
 
 import math
-import warnings
+import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from nldist.files import replacing
-from nldist.passes.base import Curves, Split
-from nldist.passes.context import Context
+from nldist import __version__
+from nldist.data.stream import Stream
+from nldist.dist.checkpoint import Position
+from nldist.dist.engine import batch_factor
+from nldist.dist.stop import REQUEST
+from nldist.passes.base import Pass, Split
+from nldist.passes.method import Method, Verdicts
 from nldist.report import plots
-from nldist.run.status import clock
-
-LAST_EPOCHS = 10  # "last" of the field's tables: the mean of these (DivideMix's code)
-_QUALITY = ("split_auc", "split_precision", "split_recall", "labelled_share")
-
-
-def split_means(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The quality of the division, mean over the networks, from an epoch's metrics."""
-    means = {}
-    for name in _QUALITY:
-        values = [metrics[f"{name}{n}"] for n in (0, 1) if metrics.get(f"{name}{n}") is not None]
-        if values:
-            means[name] = sum(values) / len(values)
-    return means
+from nldist.report.samples import write_samples
+from nldist.run.directory import RunDirectory
+from nldist.run.status import StatusFile
+from nldist.run.summary import closing_line, epoch_line, summarise
+from nldist.track.tracker import Tracker
+from nldist.train.meter import Watch, peak_memory_gib
+from nldist.train.progress import Progress
 
 
-def summary(stage: str, score: str, context: Context, record: Mapping[str, Any]) -> dict[str, Any]:
-    """What summary.json holds; accuracies in percent. `score` is the metric of the record's scores."""
-    config, quality = context.config, record["quality"]
-    measured = [value for value in record["scores"] if not math.isnan(value)]
-    last = measured[-LAST_EPOCHS:]
-    scores = {"best": max(measured), "last": sum(last) / len(last), "final": measured[-1]} if measured else None
-    return {
-        "stage": stage,
-        "method": config.method.name,
-        "data_set": context.train.name,
-        "label_set": config.data.label_set,
-        "num_samples": len(context.train),
-        "model": config.model.name,
-        "seed": config.run.seed,
-        "world_size": context.world.size,
-        "epochs": len(record["scores"]),
-        score: scores,
-        "split": {name.removeprefix("split_"): quality.get(name) for name in _QUALITY} if quality else None,
-        "num_bad_records": record["num_bad"],
-        "seconds": record["seconds"],
-        "images_per_second": record["train_images"] / max(record["train_seconds"], 1e-9),
-    }
+class Reporter:
+    """Tells of one stage; on ranks other than 0 it only takes part in what is gathered.
 
+    Args:
+        method: what is trained.
+        stage: its name.
+        run: its directory.
+        status: of the whole run.
+        tracker: of the stage.
+    """
 
-def epoch_line(
-    title: str, score: str, metrics: Mapping[str, Any], record: Mapping[str, Any], seconds: float, left: float
-) -> str:
-    """One line on a finished epoch that took `seconds`, with `left` to go at that pace."""
-    parts = [f"{title} {metrics['phase']}"]
-    if score in metrics:
-        best = np.nanmax(record["scores"])
-        parts.append(f"{score.replace('_', ' ')} {_number(metrics[score])} (best {_number(best)})")
-    parts += [f"{name} {value:.4g}" for name, value in metrics.items() if name.endswith("/loss")]
-    parts += [f"{name.replace('_', ' ')} {value:.3f}" for name, value in record["quality"].items()]
-    return "  ".join([*parts, f"{clock(seconds)}, {clock(left)} left at this pace"])
+    def __init__(self, method: Method, stage: str, run: RunDirectory, status: StatusFile, tracker: Tracker) -> None:
+        self._method, self._context, self._stage, self._run = method, method.context, stage, run
+        self._status, self._tracker = status, tracker
+        self._is_main = self._context.world.is_main
+        tracker.artifact(run.path / "config.yaml")
+        status.update(stage=stage, ends=None, every_seconds=self._context.config.track.every_seconds)
 
+    def say(self, text: str) -> None:
+        """Print a line."""
+        if self._is_main:
+            print(text, flush=True)
 
-def closing_line(run_dir: Path, summary: Mapping[str, Any]) -> str:
-    """One line on a finished stage."""
-    parts = [f"{'' if summary['stage'] == 'train' else summary['stage'] + ' '}done in {clock(summary['seconds'])},"]
-    for name in ("accuracy", "knn_accuracy"):
-        if summary.get(name):
-            best, last = summary[name]["best"], summary[name]["last"]
-            parts.append(f"{name.replace('_', ' ')} best {best:.2f}, last {last:.2f} (mean of the last epochs),")
-    if summary["images_per_second"]:
-        parts.append(f"{summary['images_per_second']:,.0f} img/s,")
-    return " ".join([*parts, f"{run_dir}/summary.json"])
+    def title(self, epoch: int) -> str:
+        """What lines of an epoch begin with."""
+        return ("" if self._stage == "train" else f"{self._stage}: ") + f"epoch {epoch + 1}/{self._method.num_epochs}"
 
+    def resumed(self, checkpoint: str, world_size: int, version: str) -> None:
+        """It goes on from this checkpoint, which so many ranks of this nldist have written."""
+        self.say(f"resumed from {checkpoint} with {self._context.world.size} rank(s), written by {world_size}")
+        if version != __version__:
+            self.say(
+                f"saved by nldist {version}, goes on with {__version__}: CHANGELOG.md has what is computed otherwise"
+            )
+        if world_size != self._context.world.size:
+            self.say(self._what_changes(world_size))
 
-def _number(value: float) -> str:
-    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
+    def _what_changes(self, size_before: int) -> str:
+        """What another number of ranks means for learning."""
+        optim, batch = self._context.recipe.optim, self._context.global_batch
+        before = batch // self._context.world.size * size_before
+        rule = "lr stays (optim.lr_batch is not set)"
+        if optim.lr_batch is not None:
+            factors = [batch_factor(optim, size) for size in (before, batch)]
+            rule = f"lr {optim.lr * factors[0]:.4g} -> {optim.lr * factors[1]:.4g} (optim.lr_rule={optim.lr_rule})"
+        return f"another number of ranks: global batch {before} -> {batch}, {rule}; batches are other ones from here on"
 
+    def batch_size(self) -> None:
+        """Training begins: what its global batch means for the learning rate."""
+        optim, batch = self._context.recipe.optim, self._context.global_batch
+        factor = batch_factor(optim, batch)
+        if factor != 1:
+            rule = f"lr {optim.lr:.4g} x {factor:.3g} (optim.lr_rule={optim.lr_rule})"
+            self.say(f"global batch {batch} instead of {optim.lr_batch}: {rule}")
 
-def loss_histogram(run_dir: Path, context: Context, epoch: int, name: str, split: Split) -> Path | None:
-    """Plot a division's losses with its mixture; the path on rank 0. A collective."""
-    losses = context.world.all_gather(split.losses)
-    if not context.world.is_main:
-        return None
-    seen = ~np.isnan(losses)
-    clean = None if context.clean is None else (context.clean == context.labels)[seen]
-    mixture = split.mixture
-    path = run_dir / "plots" / f"losses-{name}-epoch{epoch + 1:04d}.png"
-    plots.loss_histogram(
-        path,
-        losses[seen],
-        (mixture.means, mixture.variances, mixture.weights) if mixture else None,
-        clean_mask=clean,
-        tau=context.config.method.dividemix.tau,
-        title=f"{context.train.name}, {context.config.data.label_set or 'given labels'}: {name}, epoch {epoch + 1}",
-    )
-    return path
+    def is_complete(self) -> bool:
+        """Whether a start before this one has left the summary of all epochs. A collective."""
+        summary, num_epochs = self._run.summary if self._is_main else None, self._method.num_epochs
+        complete = self._context.world.broadcast_object(summary is not None and summary["epochs"] == num_epochs)
+        if complete:
+            self.say(f"nothing to do: {self._run.path} has its {num_epochs} epochs")
+        return complete
 
+    def step(self, task: Pass, stream: Stream, watch: Watch, num_done: int, progress: Progress) -> None:
+        """So many steps of a pass are done, and a line is due."""
+        if not self._is_main:
+            return
+        rates = watch.rates(stream.num_images * self._context.world.size, stream.wait_seconds)
+        means, rate = progress.meter.means(), rates["images_per_second"]
+        self.say(watch.line(num_done, rates, means))
+        self._status.update(place=watch.title, step=num_done, num_steps=watch.num_steps, images_per_second=rate)
+        if task.trains:
+            values = {f"{task.name}/step_{name}": value for name, value in (means | rates).items()}
+            self._tracker.log(values, epoch=progress.position.epoch + 1, step=progress.record["step"])
 
-def score_curve(run_dir: Path, name: str, scores: list[float]) -> Path | None:
-    """Plot the score of every epoch that has one; None where fewer than two have."""
-    points = [(epoch, score) for epoch, score in enumerate(scores, start=1) if not math.isnan(score)]
-    if len(points) < 2:
-        return None
-    epochs, values = zip(*points, strict=True)
-    label = name.replace("_", " ")
-    unit = " (%)" if name.endswith("accuracy") else ""
-    path = run_dir / "plots" / f"{name}.png"
-    plots.curves(path, {run_dir.name: (epochs, values)}, ylabel=f"{label}{unit}", title=f"{label} by epoch")
-    return path
+    def plots(self, task: Pass, epoch: int) -> None:
+        """Draw what a finished pass has to show. A collective."""
+        for name, drawing in task.curves().items():
+            path = self._run.path / "plots" / f"{name}.png"
+            if self._is_main:
+                plots.curves(path, drawing.lines, ylabel=drawing.ylabel, title=drawing.title, xlabel=drawing.xlabel)
+                self._tracker.artifact(path, "plots")
+        every = self._context.config.track.histogram_every
+        if (epoch + 1) % every == 0 or epoch == self._method.num_epochs:
+            for name, split in task.splits().items():
+                self._histogram(name, split, epoch)
 
+    def _histogram(self, name: str, split: Split, epoch: int) -> None:
+        context, losses = self._context, self._context.world.all_gather(split.losses)
+        if not self._is_main:
+            return
+        seen, mixture, labels = ~np.isnan(losses), split.mixture, context.config.data.label_set or "given labels"
+        ended = epoch == self._method.num_epochs
+        when, file = ("at the end", "end") if ended else (f"epoch {epoch + 1}", f"epoch{epoch + 1:04d}")
+        path = self._run.path / "plots" / f"losses-{name}-{file}.png"
+        plots.loss_histogram(
+            path,
+            losses[seen],
+            (mixture.means, mixture.variances, mixture.weights) if mixture else None,
+            clean_mask=None if context.clean is None else (context.clean == context.labels)[seen],
+            tau=split.tau,
+            title=f"{context.train.name}, {labels}: {name}, {when}",
+        )
+        self._tracker.artifact(path, "plots")
 
-def curves(run_dir: Path, name: str, drawing: Curves) -> Path:
-    """Plot what a pass has drawn."""
-    path = run_dir / "plots" / f"{name}.png"
-    plots.curves(path, drawing.lines, ylabel=drawing.ylabel, title=drawing.title, xlabel=drawing.xlabel)
-    return path
+    def epoch(self, epoch: int, metrics: Mapping[str, Any], record: Mapping[str, Any], seconds: float) -> None:
+        """An epoch has ended, that took so long."""
+        facts = {
+            "learning_rate": self._context.learning_rate(epoch),
+            "gpu_memory_gib": peak_memory_gib(self._context.world.device),
+        }
+        self._tracker.log({**metrics, **facts}, epoch=epoch + 1, step=epoch + 1, kind="epoch")
+        title, score, left = self.title(epoch), self._method.score, seconds * (self._method.num_epochs - epoch - 1)
+        self.say(epoch_line(title, score, metrics, record, seconds, left))
+        chosen = {name: metrics[name] for name in metrics if name == score or name.endswith("/loss")}
+        self._status.update(
+            place=f"{title} {metrics['phase']}",
+            stage=self._stage,
+            metrics=chosen | record["quality"],
+            ends=time.time() + left,
+        )
 
+    def stopped(self, position: Position) -> None:
+        """It has stopped on request, with all saved."""
+        took = f" {time.monotonic() - REQUEST.since:.1f} s after the signal" if REQUEST.since else ""
+        self.say(f"stopped at {position.name}, all saved{took}; the same command goes on from there")
+        self._status.update(state="stopped")
 
-def sample_columns(context: Context, num_networks: int) -> dict[str, np.ndarray]:
-    """Clean probability (mean over the networks) and predictions of every sample, where kept. A collective."""
-    names = [f"clean{n}" for n in range(num_networks) if f"clean{n}" in context.table]
-    if not names:
-        return {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a sample that no network has seen stays NaN
-        columns = {"clean_probability": np.nanmean([context.table[name].gather() for name in names], axis=0)}
-    for number in range(len(names)):
-        columns[f"predicted{number}"] = context.table[f"predicted{number}"].gather()
-    return columns
+    def end(self, verdicts: Verdicts | None, record: Mapping[str, Any]) -> None:
+        """Leave what a person or a script reads: plots, the samples' table, and at last the summary. A collective."""
+        context, path, score = self._context, self._run.path, self._method.score
+        if verdicts is not None:
+            gather, index = context.world.all_gather, context.train.root / context.train.split / "index.parquet"
+            columns = gather(verdicts.clean_probability), gather(verdicts.suggested)
+            if self._is_main:
+                write_samples(path / "tables" / "samples.parquet", index, context.labels, *columns)
+        if not self._is_main:
+            return
+        self._score_curve(record["scores"])
+        summary = {"stage": self._stage, **self._facts(), **summarise(score, record)}
+        self._run.write_summary(summary)
+        self._tracker.artifact(path / "summary.json")
+        self.say(closing_line(path, summary))
+        if self._tracker.open_command:
+            self.say(f"MLflow: {self._tracker.open_command}")
 
+    def _facts(self) -> dict[str, Any]:
+        context, config = self._context, self._context.config
+        return {
+            "method": config.method.name,
+            "data_set": context.train.name,
+            "label_set": config.data.label_set,
+            "num_samples": len(context.train),
+            "model": config.model.name,
+            "seed": config.run.seed,
+            "world_size": context.world.size,
+        }
 
-def write_samples(path: Path, context: Context, columns: Mapping[str, np.ndarray]) -> None:
-    """Write id, key, label and the columns of every training sample: which labels are wrong, and what instead."""
-    index = pq.read_table(context.train.root / context.train.split / "index.parquet", columns=["id", "key"])
-    table = index.append_column("label", pa.array(context.labels))
-    for name, values in columns.items():
-        table = table.append_column(name, pa.array(values))
-    with replacing(path) as aside:
-        pq.write_table(table, aside)
+    def _score_curve(self, scores: list[float]) -> None:
+        """The score of every epoch that has one, where two or more have."""
+        points = [(epoch, score) for epoch, score in enumerate(scores, start=1) if not math.isnan(score)]
+        if len(points) < 2:
+            return
+        name = self._method.score
+        label, path = name.replace("_", " "), self._run.path / "plots" / f"{name}.png"
+        unit = " (%)" if name.endswith("accuracy") else ""
+        epochs, values = zip(*points, strict=True)
+        plots.curves(path, {self._run.path.name: (epochs, values)}, ylabel=f"{label}{unit}", title=f"{label} by epoch")
+        self._tracker.artifact(path, "plots")

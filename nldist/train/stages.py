@@ -1,4 +1,4 @@
-"""Stages that chain: pretext -> mine -> cluster -> train, each a run of its own that takes over what came before.
+"""A run, from its configuration to its end: what is opened, and the stages that are run one after the other.
 
 A stage before the training keeps its run directory in RUN/stages/NAME-DIGEST/ (or below run.stages_dir, for several
 runs to share). The digest names what decides about its outcome: its settings, the images, and the digests of the stages
@@ -9,87 +9,33 @@ ranks is not in it: what a finished stage left is used on any number.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nldist.config import ClusterSection, Config, PretextSection
-from nldist.config.marks import naming
+from nldist.config import Config
+from nldist.dist.checkpoint import Checkpoints
 from nldist.dist.environment import num_restarts
 from nldist.dist.stop import REQUEST
 from nldist.dist.world import World
 from nldist.errors import UserError, show_messages
+from nldist.methods.build import METHODS, build_method
 from nldist.models import model_revision
 from nldist.models.pretrained import weights_digest
 from nldist.passes.context import Context
-from nldist.passes.method import Method
-from nldist.pretext.mine import Mine
-from nldist.pretext.moco import MoCo
-from nldist.pretext.scan import Scan
-from nldist.pretext.simclr import SimCLR
+from nldist.passes.data import Data
+from nldist.passes.method import Stage
 from nldist.run.directory import RunDirectory
 from nldist.run.status import StatusFile
-from nldist.train.loop import Trainer, build_context, fingerprint_of
+from nldist.track.tracker import NullTracker, Status, Tracker
+from nldist.train.loop import Trainer
+from nldist.train.progress import Progress
+from nldist.train.reporter import Reporter
 
-MAIN = "train"
+TRAIN = Stage("train", lambda config: config.recipe, build_method)
 _DYING_SECONDS = 300
-_VERSION = 1  # of what stages compute: to be raised when the same settings come to mean something else
-# Beginnings of the names of settings that decide about every stage.
-_SHARED = ("run.seed", "model.", "data.mean", "data.std", "data.max_side", "data.window", "train.autocast")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage before the training.
-
-    Attributes:
-        settings: beginnings of the names of the settings that decide about its outcome, beside the shared ones.
-        needs: the stages that it builds on.
-        derive: its configuration from the run's: epochs, batches, optimiser and views in their usual places.
-        build: its method.
-    """
-
-    settings: tuple[str, ...]
-    needs: tuple[str, ...]
-    derive: Callable[[Config], Config]
-    build: Callable[[Context], Method]
-
-
-def _derive_pretext(config: Config) -> Config:
-    assert config.pretext is not None
-    return _derive(config, config.pretext)
-
-
-def _derive_mine(config: Config) -> Config:
-    if config.mine.view is None:
-        return config
-    return config.model_copy(update={"views": config.views.model_copy(update={"eval": config.mine.view})})
-
-
-def _derive_cluster(config: Config) -> Config:
-    assert config.cluster is not None
-    return _derive(config, config.cluster)
-
-
-def _derive(config: Config, section: PretextSection | ClusterSection) -> Config:
-    changes = {"epochs": section.epochs, "batch_size": section.batch_size, "ema_decay": None}
-    train = config.train.model_copy(update=changes)
-    views = config.views.model_copy(update={"train": section.view})
-    return config.model_copy(update={"optim": section.optim, "train": train, "views": views})
-
-
-def _build_pretext(context: Context) -> Method:
-    assert context.config.pretext is not None
-    return {"simclr": SimCLR, "moco": MoCo}[context.config.pretext.name](context)
-
-
-STAGES = {
-    "pretext": Stage(("pretext.",), (), _derive_pretext, _build_pretext),
-    "mine": Stage(("mine.", "views.eval"), ("pretext",), _derive_mine, Mine),
-    "cluster": Stage(("cluster.", "views.eval"), ("pretext", "mine"), _derive_cluster, Scan),
-}
-CHAINS: dict[str, tuple[str, ...]] = {"scanmix": ("pretext", "mine", "cluster")}
+_END_SECONDS, _STOP_SECONDS = 60, 3  # that MLflow gets at the end
 
 
 def train(config: Config, only: Sequence[str] | None = None) -> int:
@@ -100,9 +46,8 @@ def train(config: Config, only: Sequence[str] | None = None) -> int:
     Raises:
         UserError: data, settings or run directory are wrong, or a stage that is needed has not been run.
     """
-    chain = (*CHAINS.get(config.method.name, ()), MAIN)
-    if unknown := [stage for stage in only or () if stage not in chain]:
-        raise UserError(f"method {config.method.name} has no stage {unknown[0]!r}; its stages are {', '.join(chain)}")
+    stages = stages_of(config)
+    wanted = _wanted(stages, only, config.method.name)
     REQUEST.listen()
     with World.start(**config.dist.model_dump()) as world:
         show_messages(world.is_main)
@@ -111,37 +56,34 @@ def train(config: Config, only: Sequence[str] | None = None) -> int:
             run.claim(config, patience_seconds=_patience_seconds())
         world.barrier()
         with status.of_job(world.size):
-            code = _run_chain(config, world, run, status, chain, only or chain)
-            if code == 0:
-                done = MAIN in (only or chain)
-                status.update(state="done" if done else f"done with {', '.join(only or ())}")
-        return code
+            data = Data.open(config.data)
+            data.check(world)
+            directories = world.broadcast_object(stage_directories(config, data.fingerprint(labels=False)))
+            opened = _Run(config, world, data, directories, status)
+            for stage in stages[:-1]:
+                if code := opened.run_before(stage, wanted):
+                    return code
+            if TRAIN.name in wanted and (code := opened.run(TRAIN, run)):
+                return code
+            status.update(state="done" if TRAIN.name in wanted else f"done with {', '.join(wanted)}")
+        return 0
+
+
+def stages_of(config: Config) -> tuple[Stage, ...]:
+    """The stages of the configured method, the training last."""
+    return (*METHODS[config.method.name].stages, TRAIN)
+
+
+def _wanted(stages: Sequence[Stage], only: Sequence[str] | None, method: str) -> list[str]:
+    names = [stage.name for stage in stages]
+    if unknown := [name for name in only or () if name not in names]:
+        raise UserError(f"method {method} has no stage {unknown[0]!r}; its stages are {', '.join(names)}")
+    return list(only or names)
 
 
 def _patience_seconds() -> float:
     """A job that was started again may find its forerunner still dying, on a node that the cluster has lost."""
     return _DYING_SECONDS if num_restarts() else 0
-
-
-def _run_chain(
-    config: Config, world: World, run: RunDirectory, status: StatusFile, chain: Sequence[str], wanted: Sequence[str]
-) -> int:
-    products: dict[str, Path] = {}
-    if len(chain) > 1:
-        images = fingerprint_of(build_context(config, world), labels=False)
-        products = world.broadcast_object(stage_directories(config, images))
-    for name, path in products.items():
-        stage = RunDirectory(path)
-        if _is_done(name, stage, world, claim=name in wanted):
-            continue
-        if name in wanted:
-            if code := _run_stage(name, config, world, stage, status, products):
-                return code
-        elif set(wanted) & set(chain[chain.index(name) :]):
-            raise UserError(f"stage {name} is not done in {path}; run it first: nldist train ... --stages {name}")
-    if MAIN not in wanted:
-        return 0
-    return Trainer(build_context(config, world, products), run, status=status).fit()
 
 
 def stage_directories(config: Config, images: str) -> dict[str, Path]:
@@ -150,34 +92,73 @@ def stage_directories(config: Config, images: str) -> dict[str, Path]:
     `images` is the fingerprint of the training images.
     """
     root = config.run.stages_dir or config.run.dir / "stages"
+    stages = stages_of(config)[:-1]
     model: dict[str, Any] = {}
-    if config.model.pretrained is not None:
+    if stages and config.model.pretrained is not None:
         model["model.pretrained"] = weights_digest(config.model.pretrained)
     if (revision := model_revision(config.model.name)) > 1:
         model["model.revision"] = revision
     digests: dict[str, str] = {}
-    directories = {}
-    for name in CHAINS.get(config.method.name, ()):
-        stage = STAGES[name]
-        inputs = [_VERSION, _deciding(stage, config) | model, images, [digests[need] for need in stage.needs]]
-        digests[name] = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:10]
-        directories[name] = root / f"{name}-{digests[name]}"
-    return directories
+    for stage in stages:
+        version, settings = stage.decides(config)
+        inputs = [version, settings | model, images, [digests[need] for need in stage.needs]]
+        digests[stage.name] = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:10]
+    return {name: root / f"{name}-{digest}" for name, digest in digests.items()}
 
 
-def _deciding(stage: Stage, config: Config) -> dict[str, Any]:
-    """The settings that decide about a stage's outcome, by name."""
-    names = (*_SHARED, *stage.settings)
-    return {name: value for name, value in naming(stage.derive(config)).items() if name.startswith(names)}
+@dataclass(frozen=True)
+class _Run:
+    """What is opened once, and used by every stage."""
 
+    config: Config
+    world: World
+    data: Data
+    directories: dict[str, Path]  # of the stages before the training
+    status: StatusFile
 
-def stage_config(name: str, config: Config, path: Path) -> Config:
-    """The configuration of a stage before the training, kept in `path`."""
-    uri = config.track.uri or f"sqlite:///{config.run.dir.absolute().parent / 'mlflow.db'}"
-    run_name = f"{config.track.run_name or config.run.dir.name} {name}"
-    track = config.track.model_copy(update={"uri": uri, "run_name": run_name})
-    run = config.run.model_copy(update={"dir": path})
-    return STAGES[name].derive(config).model_copy(update={"run": run, "track": track})
+    def run_before(self, stage: Stage, wanted: Sequence[str]) -> int:
+        """Run a stage before the training if it is wanted and not done; returns the exit code."""
+        run, names = RunDirectory(self.directories[stage.name]), list(self.directories)
+        if _is_done(stage.name, run, self.world, claim=stage.name in wanted):
+            return 0
+        if stage.name not in wanted:
+            if {TRAIN.name, *names[names.index(stage.name) :]} & set(wanted):
+                command = f"nldist train ... --stages {stage.name}"
+                raise UserError(f"stage {stage.name} is not done in {run.path}; run it first: {command}")
+            return 0
+        code = self.run(stage, run)
+        self.world.barrier()
+        if self.world.is_main:
+            if code == 0:  # a finished stage is not gone on with: what it left are weights and tables
+                shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+            run.release()
+        return code
+
+    def run(self, stage: Stage, run: RunDirectory) -> int:
+        """Run one stage, whose directory is this job's, to its end; returns the exit code."""
+        config, world = self.config, self.world
+        context = Context(config, stage.recipe(config), world, self.data, run.path / "tables", self.directories)
+        method = stage.build(context)
+        method.check(world.size)
+        fingerprint = self.data.fingerprint(labels=method.uses_labels)
+        checkpoints = Checkpoints(run.path / "checkpoints", world, config.train.keep_checkpoints, fingerprint)
+        progress = Progress(method, checkpoints, run, stage.name)
+        if world.is_main:
+            run.write_config(config)
+        tracker = open_tracker(config, stage, run.path, world)
+        ended: Status = "FAILED"
+        try:
+            reporter = Reporter(method, stage.name, run, self.status, tracker)
+            if progress.resumed is not None:
+                reporter.resumed(*progress.resumed)
+            stop = Trainer(method, progress, reporter).fit()
+            if stop:
+                reporter.stopped(progress.position)
+            ended = "KILLED" if stop else "FINISHED"
+        finally:
+            # What MLflow lacks then is sent at the next start: who stops has no time to wait for a server.
+            tracker.end(ended, _END_SECONDS if ended == "FINISHED" else _STOP_SECONDS)
+        return stop.exit_code
 
 
 def _is_done(name: str, run: RunDirectory, world: World, *, claim: bool) -> bool:
@@ -199,15 +180,17 @@ def _is_done(name: str, run: RunDirectory, world: World, *, claim: bool) -> bool
     return world.broadcast_object(done)
 
 
-def _run_stage(
-    name: str, config: Config, world: World, run: RunDirectory, status: StatusFile, products: dict[str, Path]
-) -> int:
-    """Run one stage, whose directory is this job's, to its end; returns the exit code."""
-    context = build_context(stage_config(name, config, run.path), world, products)
-    code = Trainer(context, run, STAGES[name].build, name, status).fit()
-    world.barrier()
-    if world.is_main:
-        if code == 0:  # a finished stage is not gone on with: what it left are weights and tables
-            shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
-        run.release()
-    return code
+def open_tracker(config: Config, stage: Stage, run_dir: Path, world: World) -> Tracker:
+    """The record of a stage in `run_dir`: on rank 0 alone it does something."""
+    if not world.is_main:
+        return NullTracker()
+    track, name = config.track, config.track.run_name or config.run.dir.name
+    uri = track.uri or f"sqlite:///{config.run.dir.absolute().parent / 'mlflow.db'}"
+    return Tracker(
+        run_dir,
+        uri=uri if track.enabled else None,
+        experiment=track.experiment,
+        run_name=name if stage is TRAIN else f"{name} {stage.name}",
+        params=config.flat() | {"world_size": world.size},
+        system_metrics=track.system_metrics and track.enabled,
+    )

@@ -56,6 +56,17 @@ def test_reset_and_bytes_per_sample() -> None:
     assert table.bytes_per_sample == 4 + 3 * 2
 
 
+def test_a_column_that_came_later_than_the_checkpoint_keeps_its_fill(tmp_path: Path) -> None:
+    filled(World.single()).save(tmp_path)
+    table = filled(World.single())
+    table.add("newer", torch.int16, fill=-1)
+    table.load(tmp_path)
+    assert (table["newer"].rows == -1).all()
+    next(tmp_path.glob("loss.*")).rename(tmp_path / "loss.000000000000-000000000001.npy")
+    with pytest.raises(ValueError, match="column loss holds"):
+        table.load(tmp_path)
+
+
 def fetched(world: World, dtype: torch.dtype, shape: tuple[int, ...], count: int) -> bool:
     """Rank r asks for r * count rows of anybody's, some of them twice."""
     column = SampleTable(N, world).add("value", dtype, shape)

@@ -11,31 +11,23 @@ from nldist.config.file import load_config
 from nldist.data.plan import Plan
 from nldist.data.stream import Batch, Stream
 from nldist.dist.world import World
-from nldist.methods.dividemix import DivideMix, DividePass, SweepPass
+from nldist.methods.dividemix import DivideMix, DividePass
 from nldist.models import Network
-from nldist.passes.base import Pass
 from nldist.passes.evaluate import EvaluationPass
-from nldist.train.loop import build_context
+from nldist.train.run_pass import run_pass
 from tests.conftest import REPOSITORY
+from tests.contexts import open_context, task_of
 from tests.ranks import run_ranks
 
 
 def build(digits: Path, *overrides: str, world: World | None = None) -> DivideMix:
     overrides = (f"data.root={digits}", "train.epochs=20", "train.batch_size=32", *overrides)
     config = load_config(REPOSITORY / "tests" / "digits.yaml", overrides)
-    return DivideMix(build_context(config, world or World.single()))
+    return DivideMix(open_context(config, world))
 
 
 def batches(method: DivideMix, plan: Plan) -> list[dict[str, Batch]]:
     return list(Stream(method.context.train, method.context.labels, plan))
-
-
-def run(method: DivideMix, task: Pass) -> dict[str, Any]:
-    plan = task.plan()
-    task.start(plan.num_steps, 0)
-    for step, batch in enumerate(batches(method, plan)):
-        task.step(batch, step)
-    return task.finish()
 
 
 def set_clean(method: DivideMix, number: int, probability: np.ndarray) -> None:
@@ -74,7 +66,7 @@ def test_an_epoch_whose_samples_all_fall_on_one_side_still_trains(probability: f
     set_clean(method, 1, np.full(len(method.context.train), probability))
     before = [p.clone() for p in method.engines[0].model.parameters()]
     task = DividePass(method, 0, 10)
-    run(method, task)
+    run_pass(method.context, task)
     assert task.plan().num_steps == -(-1437 // 16)
     assert any(not torch.equal(a, b) for a, b in zip(before, method.engines[0].model.parameters(), strict=True))
 
@@ -163,7 +155,7 @@ def test_the_second_network_meets_the_first_as_it_was_or_as_it_is(peers: str, sa
     method = build(digits, f"method.dividemix.peers={peers}")
     before = method.engines[0].model.head.weight.clone()
     set_clean(method, 1, np.r_[np.ones(64), np.full(len(method.context.train) - 64, np.nan)])
-    run(method, DividePass(method, 0, 10))
+    run_pass(method.context, DividePass(method, 0, 10))
     task = DividePass(method, 1, 10)
     task.start(task.plan().num_steps, 0)
     assert torch.equal(task._peer.head.weight, before) == same  # type: ignore[union-attr,arg-type]
@@ -175,14 +167,9 @@ def sweep_and_divide(world: World, digits: Path, weights: dict[str, Tensor], sub
     method = build(digits, *(["method.dividemix.subset=400"] if subset else []), world=world)
     for engine in method.engines:
         engine.model.load_state_dict(weights)
-    population = method._subset(3, 0) if subset else None
-    task = SweepPass(method, [0], 3, population)
-    metrics = run(method, task)
-    evaluation = EvaluationPass(method.context, method.logits)
-    plan = evaluation.plan()
-    evaluation.start(plan.num_steps, 0)
-    for step, batch in enumerate(Stream(method.context.evaluation, None, plan)):
-        evaluation.step(batch, step)
+    task = task_of(method, 10, "sweep0" if subset else "sweep")
+    metrics = run_pass(method.context, task)
+    accuracy = run_pass(method.context, EvaluationPass(method.context, method.logits))["accuracy"]
     mixture = task.splits()["net0"].mixture
     assert mixture is not None
     clean = method.context.table["clean0"].gather()
@@ -191,7 +178,7 @@ def sweep_and_divide(world: World, digits: Path, weights: dict[str, Tensor], sub
         "variances": mixture.variances,
         "labelled": np.flatnonzero(clean > 0.5).tolist(),
         "seen": np.flatnonzero(~np.isnan(clean)).tolist(),
-        "accuracy": evaluation.finish()["accuracy"],
+        "accuracy": accuracy,
         **({"auc": metrics["split_auc0"]} if world.is_main else {}),
     }
 
@@ -200,7 +187,7 @@ def sweep_and_divide(world: World, digits: Path, weights: dict[str, Tensor], sub
 def test_division_and_accuracy_are_the_same_on_1_to_4_ranks(subset: bool, digits: Path) -> None:
     method = build(digits, "data.label_set=clean")
     for epoch in range(2):
-        run(method, method.phases()[0].passes(epoch)[0])
+        run_pass(method.context, task_of(method, epoch, "net0"))
     weights = method.engines[0].model.state_dict()
     alone = sweep_and_divide(World.single(), digits, weights, subset)
     assert alone["accuracy"] > 50

@@ -17,8 +17,8 @@ from nldist.data.stream import Batch
 from nldist.dist.world import World
 from nldist.methods.dividemix import DivideMix, DividePass
 from nldist.models import Network, build_model
-from nldist.train.loop import build_context
 from tests.conftest import REPOSITORY
+from tests.contexts import open_context
 from tests.ranks import run_ranks
 
 RELEASED: dict[str, Any] = json.loads((REPOSITORY / "tests" / "released" / "dividemix.json").read_text())
@@ -94,7 +94,7 @@ class Step:
         config = load_config(REPOSITORY / "tests" / "digits.yaml", (f"data.root={digits}", *SETTINGS, *settings))
         torch.set_default_dtype(dtype)
         try:
-            self.method = DivideMix(build_context(config, world))
+            self.method = DivideMix(open_context(config, world))
         finally:
             torch.set_default_dtype(torch.float32)
         for engine, seed in zip(self.method.engines, (11, 12), strict=True):

@@ -13,12 +13,13 @@ from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.methods.scanmix import ScanMix
 from nldist.models import Network, build_model
-from nldist.passes.base import Pass
+from nldist.passes.base import Split
 from nldist.pretext.mine import GRAPH_FILE
-from nldist.pretext.scan import Scan, ValidationPass, whole_pairs
-from nldist.train.loop import build_context
-from nldist.train.stages import stage_config
+from nldist.pretext.pairs import whole_pairs
+from nldist.pretext.scan import CLUSTER, Scan, ValidationPass
+from nldist.train.run_pass import run_pass
 from tests.conftest import REPOSITORY
+from tests.contexts import open_context, task_of
 from tests.ranks import run_ranks
 
 State = dict[str, Tensor]
@@ -44,19 +45,9 @@ def products(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 def build(digits: Path, products: dict[str, Path], *overrides: str, world: World | None = None) -> ScanMix:
     config = load_config(REPOSITORY / "tests" / "digits.yaml", (f"data.root={digits}", *SETTINGS, *overrides))
-    method = ScanMix(build_context(config, world or World.single(), products))
+    method = ScanMix(open_context(config, world, products=products))
     method.start()
     return method
-
-
-def run(method: Any, task: Pass, num_steps: int | None = None) -> dict[str, Any]:
-    plan = task.plan()
-    task.start(plan.num_steps, 0)
-    for step, batch in enumerate(Stream(method.context.train, method.context.labels, plan)):
-        if step == num_steps:
-            break
-        task.step(batch, step)
-    return task.finish()
 
 
 def network(method: ScanMix, number: int = 0) -> Network:
@@ -93,14 +84,14 @@ def phase_changes(world: World, digits: Path, products: dict[str, Path]) -> dict
     method = build(digits, products, world=world)
     found = {}
     passes = {
-        "warmup": method._warmup(0)[0],
-        "sweep": method._divide(2)[0],
-        "ssl": method._divide(2)[1],
-        "cluster": method._divide(2)[3],
+        "warmup": task_of(method, 0, "net0"),
+        "sweep": task_of(method, 2, "sweep"),
+        "ssl": task_of(method, 2, "net0"),
+        "cluster": task_of(method, 2, "cluster0"),
     }
     for name, task in passes.items():
         before = copies(network(method).state_dict())
-        run(method, task, None if name == "sweep" else 3)
+        run_pass(method.context, task, None if name == "sweep" else 3)
         found[name] = changed(before, network(method).state_dict())
     return found
 
@@ -124,12 +115,12 @@ def clustering_step(world: World, digits: Path, products: dict[str, Path]) -> di
     for number in (0, 1):
         column = rng.integers(10, size=1437)
         method.context.table[f"predicted{number}"].numpy()[:] = column[method.context.table.owned]
-    task = method._divide(2)[3]
+    task = task_of(method, 2, "cluster0")
     plan = task.plan()
     task.start(plan.num_steps, 0)
     batch = next(iter(Stream(method.context.train, method.context.labels, plan)))
     pairs = [batch[role] for role in ("anchors", "neighbours")]
-    view = method.context.strong_view
+    view = method.context.named_view("strong")
     images = [method.context.view(b, 2, 64 + n, view) for n, b in enumerate(pairs)]
     before = copies(network(method).state_dict())
     loss = float(task.step(batch, 0)["loss"])
@@ -167,31 +158,40 @@ def test_one_clustering_step_against_the_equation(size: int, digits: Path, produ
             torch.testing.assert_close(result["after"][name], old.detach() - 1e-3 * gradient, rtol=1e-3, atol=1e-6)
 
 
+class Swept:
+    """A finished sweep of which these shares turn out to be clean."""
+
+    def __init__(self, *shares: float) -> None:
+        self.shares = {str(number): share for number, share in enumerate(shares)}
+        self.losses = {name: np.linspace(0, 1, 1437) for name in self.shares}
+
+    def divided(self, name: str, split: Split) -> dict[str, float]:
+        return {f"labelled_share{name}": self.shares[name]}
+
+
 @pytest.mark.parametrize(("share", "high"), [(0.5, False), (0.3, True)])
 def test_the_estimated_noise_rate_switches_views_and_rate(
     share: float, high: bool, digits: Path, products: dict[str, Path]
 ) -> None:
     method = build(digits, products)
-    assert method.swept({"labelled_share0": share - 0.05, "labelled_share1": share + 0.05}) == {
-        "noise_rate": pytest.approx(1 - share)
-    }
-    method.swept({"labelled_share0": 1.0, "labelled_share1": 1.0})
+    assert method.divide(Swept(share - 0.05, share + 0.05))["noise_rate"] == pytest.approx(1 - share)  # type: ignore[arg-type]
+    method.divide(Swept(1.0, 1.0))  # type: ignore[arg-type]
     assert method.noise_rate == pytest.approx(1 - share), "estimated once"
     context = method.context
-    expected = context.strong_view if high else context.train_view
+    expected = context.named_view("strong") if high else context.train_view
     assert method.ssl_view is expected
     assert method.cluster_view is expected
-    assert method.warmup_view is context.strong_view
+    assert method.warmup_view is context.named_view("strong")
     rates = []
-    task = method._divide(2)[3]
+    task = task_of(method, 2, "cluster0")
     task.engine.step = lambda loss, rate: rates.append(rate)  # type: ignore[attr-defined]
-    run(method, task, 1)
+    run_pass(method.context, task, 1)
     assert rates == [1e-3 if high else 1e-5]
 
 
 def test_the_sweep_estimates_the_noise_rate(digits: Path, products: dict[str, Path]) -> None:
     method = build(digits, products)
-    metrics = run(method, method._divide(2)[0])
+    metrics = run_pass(method.context, task_of(method, 2, "sweep"))
     shares = [(method.context.table[f"clean{n}"].numpy() > 0.5).mean() for n in (0, 1)]
     assert metrics["noise_rate"] == pytest.approx(1 - np.mean(shares))
     again = build(digits, products)
@@ -201,7 +201,8 @@ def test_the_sweep_estimates_the_noise_rate(digits: Path, products: dict[str, Pa
 
 def test_clustering_passes_can_be_rarer_fewer_or_none(digits: Path, products: dict[str, Path]) -> None:
     def names(epoch: int, *overrides: str) -> list[str]:
-        return [task.name for task in build(digits, products, *overrides)._divide(epoch)]
+        phase = build(digits, products, *overrides).phases()[1]
+        return [task.name for task in phase.passes(epoch)]
 
     whole = ["sweep", "net0", "net1", "cluster0", "cluster1"]
     assert names(2) == names(3) == whole
@@ -210,7 +211,7 @@ def test_clustering_passes_can_be_rarer_fewer_or_none(digits: Path, products: di
     assert names(3, "method.scanmix.cluster_every=null") == whole[:3]
     method = build(digits, products, "method.scanmix.anchors=100")
     method.noise_rate = 0.5
-    plans = [method._divide(epoch)[3].plan() for epoch in (2, 3)]
+    plans = [task_of(method, epoch, "cluster0").plan() for epoch in (2, 3)]
     seen = [{int(i) for k in range(plan.num_steps) for i in plan.step(k)["anchors"].ids} for plan in plans]
     assert [len(ids) for ids in seen] == [100, 100]
     assert seen[0] != seen[1]
@@ -230,7 +231,7 @@ def test_the_weights_are_those_of_plain_classifiers(digits: Path, products: dict
 
 def build_scan(digits: Path, products: dict[str, Path], *overrides: str, world: World | None = None) -> Scan:
     config = load_config(REPOSITORY / "tests" / "digits.yaml", (f"data.root={digits}", *SETTINGS, *overrides))
-    context = build_context(stage_config("cluster", config, config.run.dir), world or World.single(), products)
+    context = open_context(config, world, CLUSTER, products)
     method = Scan(context)
     method.start()
     return method
@@ -249,7 +250,7 @@ def test_scan_trains_on_all_but_what_it_keeps_apart(digits: Path, products: dict
 
 def validation(world: World, digits: Path, products: dict[str, Path]) -> dict[str, Any]:
     method = build_scan(digits, products, "cluster.num_heads=3", world=world)
-    return run(method, ValidationPass(method)) | {"best_head": method.best_head}
+    return run_pass(method.context, ValidationPass(method)) | {"best_head": method.best_head}
 
 
 def test_the_validation_score_is_that_of_the_best_head_on_any_number_of_ranks(
@@ -302,7 +303,7 @@ def test_the_result_is_a_classifier_with_the_chosen_head(digits: Path, products:
 def test_scan_with_a_frozen_backbone_trains_the_head_alone(digits: Path, products: dict[str, Path]) -> None:
     method = build_scan(digits, products, "cluster.head_only=true")
     before = copies(method.engines[0].model.state_dict())
-    run(method, method.phases()[0].passes(0)[0], 3)
+    run_pass(method.context, task_of(method, 0, "cluster0"), 3)
     after = method.engines[0].model.state_dict()
     assert changed(before, after) == {"cluster_head"}
 
@@ -315,9 +316,7 @@ def one_step_on_parts(
     method = build_scan(digits, products, *settings, "cluster.batch_size=7", world=world)
     (task,) = method.phases()[0].passes(0)
     whole = next(
-        iter(
-            Stream(method.context.train, None, build_scan(digits, products, *settings).phases()[0].passes(0)[0].plan())
-        )
+        iter(Stream(method.context.train, None, task_of(build_scan(digits, products, *settings), 0, "cluster0").plan()))
     )
     start = sum(counts[: world.rank])
     rows = slice(start, start + counts[world.rank])

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nldist.config.file import load_config
-from nldist.data.stream import Stream
 from nldist.dist.engine import Engine
 from nldist.dist.world import World
 from nldist.losses import one_hot
@@ -17,7 +16,8 @@ from nldist.passes.base import Pass
 from nldist.passes.context import Context
 from nldist.passes.method import Method, Phase
 from nldist.passes.supervised import Step, SupervisedPass
-from nldist.train.loop import build_context
+from nldist.train.run_pass import run_pass
+from tests.contexts import open_context, task_of
 from tests.jobs import DIGITS
 from tests.ranks import run_ranks
 
@@ -30,10 +30,14 @@ class Sketch(Method):
         self.diluted = context.table.add("diluted", torch.float32, (context.train.num_classes,), on="device")
 
     def phases(self) -> list[Phase]:
-        return [Phase("train", self.context.config.train.epochs, self._passes)]
+        return [Phase("train", self.context.recipe.epochs, self._passes)]
 
     def _passes(self, epoch: int) -> list[Pass]:
-        return [SupervisedPass(self.context, 0, self.engines[0], epoch, self.loss)]
+        return [SupervisedPass(self.context, 0, self.engines[0], epoch, self._kept)]
+
+    def _kept(self, engine: Engine, step: Step) -> Mapping[str, Tensor]:
+        self.values = self.loss(engine, step)
+        return self.values
 
     def loss(self, engine: Engine, step: Step) -> Mapping[str, Tensor]:
         logits, features = engine.forward((step.images, "classify", "features"))
@@ -62,15 +66,11 @@ def affinity(features: Tensor, k: int) -> Tensor:
 def train(world: World, digits: Path) -> tuple[np.ndarray, dict[str, float], np.ndarray]:
     """After three epochs: all diluted labels, the last step's values, the given labels."""
     settings = [f"data.root={digits}", "method.name=cross_entropy", "train.epochs=3", "train.batch_size=64"]
-    method = Sketch(build_context(load_config(DIGITS, settings), world))
+    method = Sketch(open_context(load_config(DIGITS, settings), world))
     context = method.context
     for epoch in range(3):
-        (task,) = method.phases()[0].passes(epoch)
-        plan = task.plan()
-        task.start(plan.num_steps, 0)
-        for number, batches in enumerate(Stream(context.train, context.labels, plan)):
-            values = {name: float(value) for name, value in task.step(batches, number).items()}
-        task.finish()
+        run_pass(context, task_of(method, epoch, "net0"))
+    values = {name: float(value) for name, value in method.values.items()}
     return method.diluted.gather(), values, context.labels
 
 

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from nldist.config import Config
 from nldist.config.file import load_config
-from nldist.train.stages import stage_config
+from nldist.dist.world import World
+from nldist.passes.context import Context
+from nldist.pretext.stage import PRETEXT
+from tests.contexts import open_context
 from tests.jobs import DIGITS
 
 _VIEW = "[{op: affine, degrees: 20, translate: [0.15, 0.15], scale: [0.8, 1.2], shear: 15, interpolation: bilinear}]"
@@ -20,7 +22,7 @@ SETTINGS = (
 )
 
 
-def stage(digits: Path, name: str, *overrides: str) -> Config:
-    """The configuration of stage pretext with the method `name`."""
+def context_of(digits: Path, name: str, *overrides: str, world: World | None = None) -> Context:
+    """The context of stage pretext with the method `name`."""
     config = load_config(DIGITS, [f"data.root={digits}", f"pretext.name={name}", *SETTINGS, *overrides])
-    return stage_config("pretext", config, config.run.dir)
+    return open_context(config, world, PRETEXT)

@@ -8,20 +8,11 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from nldist.dist.world import World
-from nldist.passes.base import Pass
 from nldist.passes.context import Context
 from nldist.pretext.knn import knn_passes, vote
-from nldist.train.loop import build_context
-from tests.pretext.make import stage
+from nldist.train.run_pass import run_pass
+from tests.pretext.make import context_of
 from tests.ranks import run_ranks
-
-
-def run(context: Context, task: Pass) -> dict[str, Any]:
-    plan = task.plan()
-    task.start(plan.num_steps, 0)
-    for step, batches in enumerate(context.stream(task.split, plan)):
-        task.step(batches, step)
-    return task.finish()
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -30,11 +21,11 @@ def pixels(images: Tensor) -> Tensor:
 
 
 def measure(world: World, digits: Path, *overrides: str) -> dict[str, Any]:
-    context = build_context(stage(digits, "simclr", *overrides), world)
+    context = context_of(digits, "simclr", *overrides, world=world)
     assert context.config.pretext is not None
     bank, query = knn_passes(context, pixels, context.config.pretext)
-    run(context, bank)
-    return run(context, query)
+    run_pass(context, bank)
+    return run_pass(context, query)
 
 
 def everything(context: Context, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +39,7 @@ def everything(context: Context, split: str) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(("k", "num_samples"), [(20, "null"), (5, "300"), (20, "7")])
 def test_accuracy_is_scikit_learn_s_on_any_number_of_ranks(k: int, num_samples: str, digits: Path) -> None:
     overrides = (f"pretext.knn_k={k}", f"pretext.knn_samples={num_samples}", "train.eval_batch_size=100")
-    context = build_context(stage(digits, "simclr", *overrides), World.single())
+    context = context_of(digits, "simclr", *overrides)
     bank = knn_passes(context, pixels, context.config.pretext)[0]  # type: ignore[arg-type]
     plan = bank.plan()
     ids = np.concatenate([plan.step(step)["all"].ids for step in range(plan.num_steps)])

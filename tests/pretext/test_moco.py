@@ -10,8 +10,7 @@ from nldist.dist.rows import Exchange, global_mean
 from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.pretext.moco import MoCo, MoCoPass, moco_loss
-from nldist.train.loop import build_context
-from tests.pretext.make import stage
+from tests.pretext.make import context_of
 from tests.pretext.test_gather import part
 from tests.pretext.test_simclr import COUNTS, inputs, project
 from tests.ranks import run_ranks
@@ -50,7 +49,7 @@ def test_loss_and_gradient_are_those_of_the_concatenated_batch(counts: tuple[int
 
 
 def build(digits: Path, *overrides: str, world: World | None = None) -> MoCo:
-    return MoCo(build_context(stage(digits, "moco", *overrides), world or World.single()))
+    return MoCo(context_of(digits, "moco", *overrides, world=world))
 
 
 def test_the_queue_replaces_its_oldest_keys(digits: Path) -> None:

@@ -5,14 +5,12 @@ from typing import Any
 
 import pytest
 
-from nldist.dist.world import World
 from nldist.pretext.base import Pretext
 from nldist.pretext.moco import MoCo
 from nldist.pretext.simclr import SimCLR
-from nldist.train.loop import build_context
+from nldist.train.run_pass import run_pass
 from tests.jobs import output, run_job
-from tests.pretext.make import SETTINGS, stage
-from tests.pretext.test_knn import run
+from tests.pretext.make import SETTINGS, context_of
 from tests.test_train import assert_same_weights, epoch_records
 
 JOB = (
@@ -59,8 +57,8 @@ def test_killed_and_resumed_ends_with_the_same_weights_and_measures(
 
 def knn_accuracy(method: Pretext, epoch: int) -> dict[str, Any]:
     bank, query = method.evaluation(epoch)
-    run(method.context, bank)
-    return run(method.context, query)
+    run_pass(method.context, bank)
+    return run_pass(method.context, query)
 
 
 @pytest.mark.parametrize(
@@ -71,13 +69,13 @@ def knn_accuracy(method: Pretext, epoch: int) -> dict[str, Any]:
     ],
 )
 def test_training_makes_the_features_better(name: str, settings: tuple[str, ...], digits: Path) -> None:
-    config = stage(digits, name, "pretext.epochs=12", "pretext.knn_every=10", "pretext.dim=64", "run.seed=1", *settings)
-    context = build_context(config, World.single())
+    length = ("pretext.epochs=12", "pretext.knn_every=10", "pretext.dim=64", "run.seed=1")
+    context = context_of(digits, name, *length, *settings)
     method: Pretext = {"simclr": SimCLR, "moco": MoCo}[name](context)
     random = knn_accuracy(method, 11)
     for epoch in range(12):
         assert len(method.evaluation(epoch)) == 2 * (epoch in (9, 11)), "every ten epochs, and the last"
-        run(context, method.train_pass(epoch))
+        run_pass(context, method.train_pass(epoch))
     trained = knn_accuracy(method, 11)
     for measure in ("knn_accuracy", "knn_accuracy_clean"):
         assert trained[measure] > random[measure] + 1

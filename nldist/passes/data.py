@@ -1,0 +1,65 @@
+"""The data of a run: both splits and the labels, opened once."""
+
+import hashlib
+import json
+import socket
+from dataclasses import dataclass
+
+import numpy as np
+
+from nldist.config import DataSection
+from nldist.data.index import Index
+from nldist.dist.world import World
+from nldist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained and evaluated on.
+
+    Attributes:
+        train: the images.
+        evaluation: those that accuracy is measured on, with their labels.
+        labels: (N,) the labels to train with.
+        clean: (N,) true labels where known; only to measure.
+    """
+
+    train: Index
+    evaluation: Index
+    labels: np.ndarray
+    clean: np.ndarray | None
+
+    @classmethod
+    def open(cls, settings: DataSection) -> "Data":
+        """Open the splits and the label sets that the settings name.
+
+        Raises:
+            UserError: they are not there, or do not belong together.
+        """
+        train = Index.open(settings.root, settings.train_split, settings.cache_dir)
+        evaluation = Index.open(settings.root, settings.eval_split, settings.cache_dir)
+        if train.classes != evaluation.classes:
+            splits = f"splits {settings.train_split} and {settings.eval_split}"
+            raise UserError(f"{settings.root}: {splits} have different classes")
+        clean = train.labels(settings.clean_label_set) if settings.clean_label_set in train.label_sets() else None
+        return cls(train, evaluation, train.labels(settings.label_set), clean)
+
+    def check(self, world: World) -> None:
+        """Refuse (UserError) what this world cannot train on together. A collective."""
+        check_size(len(self.train), world.size)
+        if world.broadcast_object(mine := self.fingerprint()) != mine:
+            raise UserError(f"{self.train.root} on {socket.gethostname()} is not the data set that rank 0 sees")
+
+    def fingerprint(self, *, labels: bool = True) -> str:
+        """Names the training samples, their order and their labels: what per-sample state belongs to."""
+        index = self.train
+        digest = hashlib.sha256(json.dumps([index.name, index.classes, len(index)]).encode())
+        for column in (index.crc32, index.label, self.labels) if labels else (index.crc32,):
+            digest.update(np.ascontiguousarray(column).data)
+        return digest.hexdigest()
+
+
+def check_size(num_samples: int, world_size: int) -> None:
+    """Refuse (UserError) more ranks than there are pairs of training samples."""
+    if num_samples < 2 * world_size:
+        raise UserError(f"{num_samples} training samples are too few for {world_size} ranks; use fewer")

@@ -1,0 +1,172 @@
+"""Sweeps: every sample once, by its owner, in its fixed view, without a gradient."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nldist.data.plan import Plan
+from nldist.data.stream import Batch
+from nldist.dist.table import Column
+from nldist.errors import UserError
+from nldist.estimate.division import divide, split_quality
+from nldist.passes.base import Batches, Metrics, Pass, Split
+from nldist.passes.context import Context
+from nldist.passes.method import Verdicts
+
+TAU = 0.5  # as likely right as wrong
+Output = Callable[[Tensor], Tensor]  # of images (b, 3, h, w), in eval mode, without a gradient
+
+
+class Sweep(Pass):
+    """Every training sample, or every one of a population, once.
+
+    Args:
+        context: of the run.
+        name: of the pass.
+        population: sorted ids; None = all.
+    """
+
+    trains = False
+
+    def __init__(self, context: Context, name: str, population: np.ndarray | None = None) -> None:
+        self.context, self.name, self._population = context, name, population
+        self.batch = {"all": context.config.train.eval_batch_size}
+        self.num_samples = len(context.train) if population is None else len(population)
+
+    def plan(self) -> Plan:
+        """See Pass."""
+        return self.context.sweep(len(self.context.train), self._population)
+
+    def start(self, num_steps: int, start_step: int) -> None:
+        """See Pass."""
+
+    def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
+        """See Pass."""
+        batch = batches["all"]
+        if len(batch.ids):
+            self.see(batch, self.context.fixed_view(batch))
+        return {}
+
+    @abstractmethod
+    def see(self, batch: Batch, images: Tensor) -> None:
+        """Take in some samples, of which there is at least one, in their fixed view (b, 3, h, w)."""
+
+    def finish(self) -> Metrics:
+        """See Pass."""
+        return {}
+
+
+class FeatureSweep(Sweep):
+    """Every sample's features into a column; those of an image that cannot be read stay as they are."""
+
+    def __init__(self, context: Context, features: Output, column: Column, name: str = "features") -> None:
+        super().__init__(context, name)
+        self._features, self._column = features, column
+
+    def see(self, batch: Batch, images: Tensor) -> None:
+        """See Sweep."""
+        self._column[batch.ids] = self._features(images)
+
+
+class LossSweep(Sweep):
+    """Every sample's loss and predicted class by some networks, into the table; then what is made of the losses.
+
+    Columns: loss{NAME} (NaN where not seen) and predicted{NAME} of each network; `suggested`, the class that all of
+    them together predict (-1 where not seen).
+
+    Args:
+        context: of the run.
+        logits: of each network, by its name.
+        after: makes of this finished sweep what there is to be made; gives metrics of it. A collective.
+        name: of the pass.
+        population: sorted ids; None = all.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        logits: Mapping[str, Output],
+        after: Callable[["LossSweep"], Metrics],
+        *,
+        name: str = "sweep",
+        population: np.ndarray | None = None,
+    ) -> None:
+        super().__init__(context, name, population)
+        self._logits, self._after = logits, after
+        self._splits: dict[str, Split] = {}
+
+    @staticmethod
+    def add_columns(context: Context, *names: str) -> None:
+        """The columns that sweeps by networks of these names write."""
+        for name in names:
+            context.table.add(f"loss{name}", torch.float32, fill=np.nan)
+            context.table.add(f"predicted{name}", torch.int16, fill=-1)
+        context.table.add("suggested", torch.int16, fill=-1)
+
+    def start(self, num_steps: int, start_step: int) -> None:
+        """See Pass."""
+        if start_step == 0:
+            for name in self._logits:
+                self.context.table[f"loss{name}"].reset()
+
+    def see(self, batch: Batch, images: Tensor) -> None:
+        """See Sweep."""
+        table, everyone = self.context.table, {name: logits(images) for name, logits in self._logits.items()}
+        for name, logits in everyone.items():
+            losses = F.cross_entropy(logits, batch.labels, reduction="none")
+            if not losses.isfinite().all():
+                raise UserError(f"net{name} has diverged (loss not finite); lower optim.lr or set optim.clip_norm")
+            table[f"loss{name}"][batch.ids] = losses
+            table[f"predicted{name}"][batch.ids] = logits.argmax(1)
+        table["suggested"][batch.ids] = torch.stack([*everyone.values()]).sum(0).argmax(1)
+
+    @property
+    def losses(self) -> dict[str, np.ndarray]:
+        """This rank's losses (owned,) by each network, NaN where not seen."""
+        return {name: self.context.table[f"loss{name}"].numpy() for name in self._logits}
+
+    def divided(self, name: str, split: Split) -> Metrics:
+        """Keep the division by a network's losses, to be plotted; returns its quality. A collective."""
+        self._splits[f"net{name}"] = split
+        clean, truth = self.context.world.all_gather(split.clean_probability), None
+        if self.context.clean is not None and self.context.world.is_main:  # it reports
+            truth = self.context.clean == self.context.labels
+        quality = split_quality(clean, truth, split.tau)
+        if split.mixture is not None:
+            gap = float(np.ptp(split.mixture.means))
+            quality |= {"mixture_iterations": split.mixture.num_iterations, "mixture_gap": gap}
+        return {f"{key}{name}": value for key, value in quality.items()}
+
+    def splits(self) -> dict[str, Split]:
+        """See Pass."""
+        return self._splits
+
+    def finish(self) -> Metrics:
+        """See Pass."""
+        return self._after(self)
+
+
+class ClosingSweep(LossSweep):
+    """What a finished run says of labels about which its method says nothing: the mixture over its networks' losses."""
+
+    def __init__(self, context: Context, logits: Output) -> None:
+        super().__init__(context, {"": logits}, lambda _: self._divide(), name="verdicts")
+        self.add_columns(context, "")
+
+    def resume_step(self, num_done: int) -> int | None:
+        """Its columns are in no checkpoint: it starts again."""
+        return 0
+
+    def _divide(self) -> Metrics:
+        context = self.context
+        losses, mixture = divide(self.losses[""], None, context.config.method.mixture, context.world)
+        clean = np.full(len(losses), np.nan, np.float32)
+        if mixture is not None:
+            seen = ~np.isnan(losses)
+            clean[seen] = mixture.clean_probability(losses[seen])
+        self.verdicts = Verdicts(clean, context.table["suggested"].numpy())
+        return {} if mixture is None else self.divided("", Split(losses, clean, mixture, TAU))

@@ -1,0 +1,112 @@
+"""How far a stage is, and what it has found on the way: saved, and resumed."""
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+
+from nldist import __version__
+from nldist.dist.checkpoint import Checkpoints, Position
+from nldist.errors import UserError
+from nldist.models import model_revision
+from nldist.passes.method import Method
+from nldist.run.directory import RunDirectory
+from nldist.train.meter import Meter
+
+
+class Progress:
+    """The state of a stage's training on this rank.
+
+    Args:
+        method: what is trained.
+        checkpoints: of the stage.
+        run: its directory.
+        stage: its name.
+
+    Attributes:
+        position: everything before it is done.
+        record: what the checkpoint keeps of the history.
+        meter: of the present pass.
+        resumed: what it goes on from: checkpoint, number of ranks and version of nldist that wrote it; None: nothing.
+    """
+
+    def __init__(self, method: Method, checkpoints: Checkpoints, run: RunDirectory, stage: str) -> None:
+        self._method, self._checkpoints, self._run, self._stage = method, checkpoints, run, stage
+        self._context = method.context
+        self.position, self.meter = Position(), Meter()
+        self.record: dict[str, Any] = {
+            "step": 0,
+            "seconds": 0.0,
+            "train_images": 0,
+            "train_seconds": 0.0,
+            "num_bad": 0,
+            "scores": [],  # the method's score, by epoch; NaN where it was not measured
+            "epoch": {},  # metrics of the present epoch's finished passes
+            "quality": {},  # of the latest division
+        }
+        self.num_bad_before = 0  # in the present pass before it was resumed
+        self.resumed = self._resume()
+        self._began = time.perf_counter() - self.record["seconds"]
+
+    def _resume(self) -> tuple[str, int, str] | None:
+        path = self._checkpoints.latest()
+        if path is None:
+            self._method.start()
+            return None
+        self.position, shared, rank = self._checkpoints.load(path, self._context.table)
+        self._method.load_state_dict(shared["method"])
+        self.record = shared["record"]
+        if rank is not None:
+            self._method.load_rank_state_dict(rank["method"])
+            self.meter, self.num_bad_before = Meter(rank["meter"]), rank["num_bad"]
+        return path.name, shared["world_size"], shared.get("nldist", "0.1.0")
+
+    def save(self, position: Position, num_bad: int = 0) -> None:
+        """Write a checkpoint at `position`, `num_bad` records of whose pass were bad on this rank. A collective.
+
+        Raises:
+            UserError: the training has diverged, or the file system refused.
+        """
+        self.check_finite()
+        self.position = position
+        self.record["seconds"] = time.perf_counter() - self._began
+        shared = {
+            "method": self._method.state_dict(),
+            "record": self.record,
+            "model_revision": model_revision(self._context.config.model.name),
+            "nldist": __version__,
+        }
+        rank = {
+            "method": self._method.rank_state_dict(),
+            "meter": self.meter.state_dict(),
+            "num_bad": num_bad if position.step else 0,
+        }
+        self._checkpoints.save(position, shared, rank, self._context.table)
+
+    def check_finite(self) -> None:
+        """Before anything is saved: a run must not go on from what has diverged (UserError)."""
+        for name, value in self.meter.means().items():
+            if not math.isfinite(value):
+                # A stage with other settings is in another directory anyhow.
+                optim, where = f"{self._stage}.optim", ""
+                if self._stage == "train":
+                    optim, where = "optim", ", in another run.dir"
+                raise UserError(f"{name} has become {value}: lower {optim}.lr or set {optim}.clip_norm{where}")
+
+    def save_weights(self, num_epochs: int, score: float) -> None:
+        """Keep the weights after an epoch with this score as the last ones, and as the best if they are."""
+        if not self._context.world.is_main:
+            return
+        weights, name = self._method.weights(), self._context.config.model.name
+        facts = {
+            "stage": self._stage,
+            "model": name,
+            "model_revision": model_revision(name),
+            "classes": self._context.train.classes,
+            "epoch": num_epochs,
+            self._method.score: score,
+        }
+        self._run.save_weights("last", weights, facts)
+        if not math.isnan(score) and score >= np.nanmax(self.record["scores"]):
+            self._run.save_weights("best", weights, facts)

@@ -1,0 +1,82 @@
+"""What a sweep sees, and what is made of it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from nldist.config.file import load_config
+from nldist.dist.world import World
+from nldist.methods.cross_entropy import CrossEntropy
+from nldist.passes.method import Verdicts
+from nldist.passes.sweep import ClosingSweep, FeatureSweep
+from nldist.train.run_pass import run_pass
+from tests.contexts import open_context, task_of
+from tests.jobs import DIGITS
+from tests.ranks import run_ranks
+
+State = dict[str, Tensor]
+
+
+def build(digits: Path, world: World | None = None) -> CrossEntropy:
+    settings = [f"data.root={digits}", "method.name=cross_entropy", "train.epochs=4", "train.eval_batch_size=100"]
+    return CrossEntropy(open_context(load_config(DIGITS, settings), world))
+
+
+@pytest.fixture(scope="module")
+def trained(digits: Path) -> State:
+    method = build(digits)
+    for epoch in range(4):
+        run_pass(method.context, task_of(method, epoch, "net0"))
+    state: State = method.engines[0].model.state_dict()
+    return state
+
+
+def judge(world: World, digits: Path, trained: State) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    method = build(digits, world)
+    method.engines[0].model.load_state_dict(trained)
+    task = ClosingSweep(method.context, method.logits)
+    metrics = run_pass(method.context, task)
+    verdicts: Verdicts = task.verdicts
+    return world.all_gather(verdicts.clean_probability), world.all_gather(verdicts.suggested), metrics
+
+
+def test_a_method_without_an_opinion_is_judged_by_its_losses_on_any_number_of_ranks(
+    digits: Path, trained: State
+) -> None:
+    """Losses and classes against one plain forward of all images (our own reference)."""
+    method = build(digits)
+    method.engines[0].model.load_state_dict(trained)
+    context = method.context
+    batches = [step["all"] for step in context.stream("train", context.sweep(1437))]
+    logits = torch.cat([method.logits(context.fixed_view(batch)) for batch in batches])
+    losses = F.cross_entropy(logits, torch.from_numpy(context.labels).long(), reduction="none").numpy()
+    assert context.clean is not None
+    correct = context.clean == context.labels
+    for size in (1, 2, 3):
+        for rank, (clean, suggested, metrics) in enumerate(run_ranks(judge, size, digits, trained)):
+            assert (suggested == logits.argmax(1).numpy()).mean() > 0.998
+            order = np.argsort(losses)
+            assert clean[order[:300]].min() > clean[order[-300:]].max(), "the smaller the loss, the cleaner"
+            if rank == 0:
+                assert metrics["split_auc"] == pytest.approx(roc_auc_score(correct, clean), abs=1e-6)
+                assert metrics["split_auc"] > 0.75
+
+
+def features_of(world: World, digits: Path) -> np.ndarray:
+    context = build(digits, world).context
+    column = context.table.add("pixels", torch.float32, (64,))
+    run_pass(context, FeatureSweep(context, lambda images: images[:, 0].flatten(1), column))
+    return column.gather()
+
+
+def test_every_sample_s_features_stay_with_their_owner(digits: Path) -> None:
+    alone = features_of(World.single(), digits)
+    assert len(np.unique(alone, axis=0)) > 1400
+    for size in (2, 3):
+        for gathered in run_ranks(features_of, size, digits):
+            np.testing.assert_array_equal(gathered, alone)
