@@ -18,6 +18,7 @@ def open_context(
     """The context of one of a run's stages, alone or on a rank."""
     return Context(
         config,
+        stage.name,
         stage.recipe(config),
         world or World.single(),
         Data.open(config.data),

@@ -6,6 +6,7 @@ RUN/checkpoints/e0003-p01-s000000200/   epoch 3, pass 1, 200 steps done
     tables/           per-sample state, by id
 """
 
+import logging
 import os
 import re
 import shutil
@@ -20,6 +21,9 @@ from nldist.dist.table import SampleTable
 from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.files import replacing
+from nldist.randomness import REVISION
+
+log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"e(\d+)-p(\d+)-s(\d+)")
 
@@ -83,6 +87,7 @@ class Checkpoints:
                 "position": asdict(position),
                 "world_size": self._world.size,
                 "fingerprint": self._fingerprint,
+                "draws": REVISION,
             }
             _save(dict(shared) | facts, aside / "shared.pt")
         _save(rank, aside / f"rank-{self._world.rank:05d}.pt")
@@ -105,7 +110,7 @@ class Checkpoints:
     def latest(self) -> Path | None:
         """The newest checkpoint that this world can go on from; rank 0 decides. A collective.
 
-        Another world size goes on from an epoch's end only. Newer checkpoints, which it has to leave behind,
+        Another world size goes on from an epoch's end only, and so does what was saved by an nldist of other draws. Newer checkpoints, which it has to leave behind,
         are removed: they would not belong to the run that goes on from here.
         """
         choice = None
@@ -113,6 +118,7 @@ class Checkpoints:
             complete = self._complete()
             choice = next((p for p in reversed(complete) if self._fits(p)), None)
             for path in complete[complete.index(choice) + 1 if choice else 0 :]:
+                log.info("%s, within an epoch, is of another number of ranks or of an nldist that draws otherwise", path)
                 _remove(path)
         return self._world.broadcast_object(choice)
 
@@ -133,7 +139,11 @@ class Checkpoints:
         return position, shared, rank
 
     def _fits(self, path: Path) -> bool:
-        return _position(path).at_epoch_edge or len(list(path.glob("rank-*.pt"))) == self._world.size
+        if _position(path).at_epoch_edge:
+            return True
+        # The rest of an epoch that was begun with other draws is not what is left of it.
+        draws = load_file(path / "shared.pt", mmap=True).get("draws", 1)
+        return draws == REVISION and len(list(path.glob("rank-*.pt"))) == self._world.size
 
     def _complete(self) -> list[Path]:
         return sorted(p for p in self._directory.glob("e*") if _NAME.fullmatch(p.name))

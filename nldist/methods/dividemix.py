@@ -34,9 +34,6 @@ from nldist.passes.sweep import LossSweep
 
 log = logging.getLogger(__name__)
 
-# Purposes of plans and views within one epoch; warm-up uses the network's number.
-_DIVIDE = 16
-
 
 class DivideMix(Method):
     """Two networks; each trains on the division into clean and noisy that the other one's losses make."""
@@ -111,7 +108,7 @@ class DivideMix(Method):
     def _subset(self, epoch: int, number: int) -> np.ndarray:
         """A fresh class-balanced subset for each network and epoch (docs/dividemix.md, "Two forms")."""
         assert self.settings.subset is not None
-        seed = self.context.config.run.seed * 2 + number
+        seed = self.context.seed(f"net{number}", "subset")
         num_classes = self.context.train.num_classes
         return balanced(self.context.labels, self.settings.subset, seed=seed, epoch=epoch, num_classes=num_classes)
 
@@ -198,7 +195,7 @@ class DividePass(EnginePass):
             rank=world.rank,
             size=world.size,
             batch_size=self.batch["labelled"],
-            seed=context.config.run.seed + 1_000_003 * (_DIVIDE + self.number),
+            seed=context.seed(self.name, "plan"),
             epoch=self.epoch,
             window=context.config.data.window,
         )
@@ -230,9 +227,10 @@ class DividePass(EnginePass):
 
     def _views(self, batch: Batch) -> list[Tensor]:
         """Two independent augmentations, none for an empty batch."""
-        purpose = _DIVIDE + 4 * self.number
         view = self._method.ssl_view
-        return [self.context.view(batch, self.epoch, purpose + n, view) for n in (0, 1)] if len(batch.ids) else []
+        return (
+            [self.context.view(batch, self.epoch, f"{self.name}/{n}", view) for n in (0, 1)] if len(batch.ids) else []
+        )
 
     def _refine(self, batch: Batch, views: list[Tensor]) -> Tensor:
         """Co-refinement of the labelled (equations 3 and 4): this network only, by the peer's clean probability."""
@@ -252,7 +250,7 @@ class DividePass(EnginePass):
 
     def _mix(self, images: Tensor, targets: Tensor, num_labelled: int, step: int) -> tuple[Tensor, Tensor]:
         """MixMatch over labelled and unlabelled rows; form=real keeps the labelled rows only."""
-        generator = self.context.generator(self.epoch, _DIVIDE + self.number, step)
+        generator = self.context.generator(self.name, "mix", self.epoch, step, self.context.world.rank)
         weight = float(generator.beta(self._settings.alpha, self._settings.alpha))
         weight = max(weight, 1 - weight)
         permutation = torch.from_numpy(generator.permutation(len(images))).to(images.device)

@@ -129,7 +129,7 @@ class ScanMix(DivideMix):
         num_samples = len(self.context.train)
         if self.scan.anchors is None or self.scan.anchors >= num_samples:
             return None
-        generator = np.random.default_rng([self.context.config.run.seed, epoch, number])
+        generator = self.context.generator(f"net{number}", "anchors", epoch)
         return np.sort(generator.permutation(num_samples)[: self.scan.anchors])
 
     def state_dict(self) -> dict[str, Any]:

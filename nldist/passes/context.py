@@ -20,6 +20,7 @@ from nldist.dist.table import SampleTable
 from nldist.dist.world import World
 from nldist.models import Network, build_model
 from nldist.passes.data import Data
+from nldist.randomness import seed_of
 
 
 @dataclass
@@ -28,7 +29,8 @@ class Context:
 
     Attributes:
         config: the whole run's settings.
-        recipe: how this stage of it trains.
+        stage: of which stage of the run.
+        recipe: how it trains.
         world: this rank's.
         data: the images and labels.
         directory: where this stage keeps its large products.
@@ -37,6 +39,7 @@ class Context:
     """
 
     config: Config
+    stage: str
     recipe: Recipe
     world: World
     data: Data
@@ -111,18 +114,18 @@ class Context:
         `partly` is the Engine's.
         """
         model = self.config.model
-        torch.manual_seed(self.config.run.seed * 1009 + number)
+        torch.manual_seed(self.seed(f"net{number}", "weights"))
         network = build_model(model.name, self.train.num_classes, pretrained=model.pretrained)
         return build_engine(shape(network), self.config, self.world, self.recipe, partly=partly)
 
-    def shuffled(self, epoch: int, purpose: int, batch_size: int) -> Plan:
-        """A shuffled plan over all training samples; `purpose` tells the plans of one epoch apart."""
+    def shuffled(self, epoch: int, name: str, batch_size: int) -> Plan:
+        """A shuffled plan over all training samples; `name` tells the plans of one epoch apart."""
         return shuffled(
             len(self.train),
             rank=self.world.rank,
             size=self.world.size,
             batch_size=batch_size,
-            seed=self.config.run.seed + 1_000_003 * purpose,
+            seed=self.seed(name, "plan"),
             epoch=epoch,
             window=self.config.data.window,
         )
@@ -137,15 +140,19 @@ class Context:
             population=population,
         )
 
-    def view(self, batch: Batch, epoch: int, purpose: int, view: View | None = None) -> Tensor:
-        """A random view (by default views.train) of a batch, (b, 3, h, w); drawn by (seed, epoch, purpose, sample)."""
-        key = (self.config.run.seed, epoch, purpose)
+    def view(self, batch: Batch, epoch: int, name: str, view: View | None = None) -> Tensor:
+        """A random view (by default the recipe's) of a batch, (b, 3, h, w); drawn by (seed, name, epoch, sample)."""
+        key = (self.seed(name, "view"), epoch)
         return (view or self.train_view)(batch.images, batch.sizes, batch.draws, key)
 
     def fixed_view(self, batch: Batch) -> Tensor:
         """The evaluation view of a batch, (b, 3, h, w)."""
-        return self.eval_view(batch.images, batch.sizes, batch.draws, (0, 0, 0))
+        return self.eval_view(batch.images, batch.sizes, batch.draws, ())
 
-    def generator(self, *key: int) -> np.random.Generator:
-        """Randomness for one rank's step, a pure function of the run's seed, `key` and the rank."""
-        return np.random.default_rng([self.config.run.seed, *key, self.world.rank])
+    def seed(self, *name: str | int) -> int:
+        """The seed of one of this stage's decisions (nldist.randomness)."""
+        return seed_of(self.config.run.seed, self.stage, *name)
+
+    def generator(self, *name: str | int) -> np.random.Generator:
+        """The randomness of one of this stage's decisions, the same on every rank."""
+        return np.random.default_rng(self.seed(*name))

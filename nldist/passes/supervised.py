@@ -49,13 +49,13 @@ class SupervisedPass(EnginePass):
 
     def plan(self) -> Plan:
         """See Pass."""
-        return self.context.shuffled(self.epoch, self.number, self.batch["all"])
+        return self.context.shuffled(self.epoch, self.name, self.batch["all"])
 
     def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
         """See Pass."""
         batch = batches["all"]
-        images = self.context.view(batch, self.epoch, self.number, self._view)
-        random = self.context.generator(self.epoch, self.number, step)
+        images = self.context.view(batch, self.epoch, self.name, self._view)
+        random = self.context.generator(self.name, "step", self.epoch, step, self.context.world.rank)
         values = self._loss(self.engine, Step(batch.ids, batch.labels, images, self.progress(step), random))
         self.descend(values["loss"], step)
         return {name: value.detach() for name, value in values.items()}

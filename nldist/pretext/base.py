@@ -71,8 +71,8 @@ class PretextPass(EnginePass):
 
     def plan(self) -> Plan:
         """See Pass."""
-        return self.context.shuffled(self.epoch, 0, self.batch["all"])
+        return self.context.shuffled(self.epoch, self.name, self.batch["all"])
 
     def views(self, batch: Batch) -> list[Tensor]:
         """Two independent views, (b, 3, h, w) each."""
-        return [self.context.view(batch, self.epoch, purpose) for purpose in (0, 1)]
+        return [self.context.view(batch, self.epoch, name) for name in ("first", "second")]

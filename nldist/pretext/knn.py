@@ -19,7 +19,6 @@ from nldist.passes.base import Batches, Metrics, Pass
 from nldist.passes.context import Context
 
 _TEMPERATURE = 0.07
-_SEED = 11  # of the choice of training images, beside the run's
 
 Features = Callable[[Tensor], Tensor]
 
@@ -58,7 +57,7 @@ class BankPass(Pass):
         """See Pass."""
         num_train, population = len(self._context.train), None
         if self.num_samples < num_train:
-            generator = np.random.default_rng([self._context.config.run.seed, _SEED])
+            generator = self._context.generator("knn_samples")
             population = np.sort(generator.choice(num_train, self.num_samples, replace=False))
         return self._context.sweep(num_train, population)
 

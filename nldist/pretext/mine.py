@@ -111,7 +111,7 @@ class SearchPass(Pass):
             context.world,
             factory=settings.factory,
             num_probe=settings.num_probe,
-            seed=context.config.run.seed,
+            seed=context.seed("index"),
         )
         path = context.directory / GRAPH_FILE
         self._file = GraphFile(path, self.num_samples, settings.k, context.world)

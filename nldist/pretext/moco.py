@@ -16,8 +16,6 @@ from nldist.passes.base import Batches, Metrics, Pass
 from nldist.passes.context import Context
 from nldist.pretext.base import Pretext, PretextPass
 
-_QUEUE_SEED, _EXCHANGE = 7, 2  # beside the network's seed, and the purposes of the two views
-
 
 class MoCo(Pretext):
     """Queries find their keys among the past keys of all ranks.
@@ -31,7 +29,7 @@ class MoCo(Pretext):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.encoder: nn.Module = copy.deepcopy(self.engines[0].model).requires_grad_(False)
-        generator = torch.Generator().manual_seed(context.config.run.seed * 1009 + _QUEUE_SEED)
+        generator = torch.Generator().manual_seed(context.seed("queue"))
         start = torch.randn((self.settings.queue, self.settings.dim), generator=generator)
         self.queue = F.normalize(start, dim=1).to(context.world.device)
         self.pointer = 0
@@ -122,7 +120,7 @@ class MoCoPass(PretextPass):
 
         Batches of rows from all ranks: a key's statistics must not tell which query it belongs to.
         """
-        generator = self.context.generator(self.epoch, _EXCHANGE, step)
+        generator = self.context.generator("exchange", self.epoch, step, self.context.world.rank)
         exchange = Exchange(counts, self.context.world, generator)
         (keys,) = self.engine.predict(exchange.shuffle(images), "project", by=self._method.encoder)
         return exchange.restore(keys)

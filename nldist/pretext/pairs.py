@@ -18,8 +18,6 @@ from nldist.passes.base import Batches, EnginePass
 from nldist.passes.context import Context
 from nldist.pretext.mine import GRAPH_FILE
 
-_PURPOSE = 64  # of plans and views; two per network
-
 
 class NeighbourPass(EnginePass):
     """One epoch over anchors, one neighbour of each: agreement of the pair, entropy of the global batch.
@@ -75,7 +73,7 @@ class NeighbourPass(EnginePass):
             rank=world.rank,
             size=world.size,
             batch_size=self.batch["anchors"],
-            seed=context.config.run.seed + 1_000_003 * (_PURPOSE + self.number),
+            seed=context.seed(self.name, "plan"),
             epoch=self.epoch,
             window=context.config.data.window,
             predicted=self._predicted() if self._predicted else None,
@@ -91,10 +89,10 @@ class NeighbourPass(EnginePass):
         """See Pass."""
         world = self.context.world
         anchors, partners = whole_pairs(batches["anchors"], batches["neighbours"])
-        view, purpose = self._view() if self._view else None, _PURPOSE + 2 * self.number
+        view = self._view() if self._view else None
         images = [
-            self.context.view(batches[role], self.epoch, purpose + n, view)[rows]
-            for n, (role, rows) in enumerate((("anchors", anchors), ("neighbours", partners)))
+            self.context.view(batches[role], self.epoch, f"{self.name}/{role}", view)[rows]
+            for role, rows in (("anchors", anchors), ("neighbours", partners))
         ]
         calls = [(image, "cluster") for image in images]
         log_p, log_n = (

@@ -22,7 +22,6 @@ from nldist.passes.evaluate import EvaluationPass
 from nldist.passes.method import Method, Phase, Stage
 from nldist.pretext.pairs import NeighbourPass, find, graph_path
 
-_HOLDOUT = 64  # of the choice of images that are kept apart, beside the seed
 _NUM_SCORED = 6  # pairs of an image that count in the score of an epoch, with itself first: the authors' number
 
 
@@ -42,7 +41,7 @@ class Scan(Method):
         self.best_head = 0
         super().__init__(context)
         num_samples = len(context.train)
-        order = np.random.default_rng([context.config.run.seed, _HOLDOUT]).permutation(num_samples)
+        order = context.generator("holdout").permutation(num_samples)
         num_kept = max(round(self.settings.holdout * num_samples), 1)
         self.kept_apart, self.anchors = np.sort(order[:num_kept]), np.sort(order[num_kept:])
 

@@ -33,13 +33,13 @@ def dry_run(config: Config, world_size: int) -> Iterator[str]:
     config = config.model_copy(update={"engine": EngineSection()})  # whose networks are the same, and sooner there
     data = Data.open(config.data)
     check_size(len(data.train), world_size)
-    yield from _data_lines(Context(config, config.recipe, world, data))
+    yield from _data_lines(Context(config, TRAIN.name, config.recipe, world, data))
     directories = stage_directories(config, data.fingerprint(labels=False)) | {TRAIN.name: config.run.dir}
     for stage in stages_of(config):
         path = directories[stage.name]
         done = stage is not TRAIN and RunDirectory(path).summary is not None
         yield f"stage       {stage.name} in {path}{' (done before: it will not run)' if done else ''}"
-        context = Context(config, stage.recipe(config), world, data)
+        context = Context(config, stage.name, stage.recipe(config), world, data)
         yield from _method_lines(context, stage.build(context), engine, world_size)
 
 
@@ -134,7 +134,7 @@ def _largest_batch_bytes(context: Context) -> int:
 def _activation_bytes(context: Context, model: Network) -> float:
     """Memory that a training forward keeps for its backward, per image."""
     batch = _probe(context, "train")
-    images = context.view(batch, 0, 0)
+    images = context.view(batch, 0, "probe")
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: list[Tensor] = []  # alive until all are counted, so that no address is used twice
 

@@ -68,7 +68,7 @@ def _evaluation(run: RunDirectory, config: Config, world: World, split: str, wei
 def _context(config: Config, world: World, split: str) -> Context:
     """A context with one split, and its own labels."""
     index = Index.open(config.data.root, split, config.data.cache_dir)
-    return Context(config, config.recipe, world, Data(index, index, index.label, None))
+    return Context(config, "evaluate", config.recipe, world, Data(index, index, index.label, None))
 
 
 def _logits(run: RunDirectory, weights: str, context: Context) -> Output:

@@ -3,7 +3,6 @@
 import math
 import time
 
-import numpy as np
 import torch
 
 from nldist.data.stream import Stream
@@ -92,8 +91,7 @@ class Trainer:
     def _seed(self, step: int) -> None:
         """Make what draws from torch's global generator (dropout) a function of the step, so that it resumes."""
         position = self.progress.position
-        place = [self.config.run.seed, position.epoch, position.pass_index, step, self.world.rank]
-        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+        torch.manual_seed(self.context.seed("torch", position.epoch, position.pass_index, step, self.world.rank))
 
     def _continue_after(self, task: Pass, num_done: int) -> bool:
         """Save and stop where due, at edges that all ranks share; False to stop."""

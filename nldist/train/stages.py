@@ -137,7 +137,9 @@ class _Run:
     def run(self, stage: Stage, run: RunDirectory) -> int:
         """Run one stage, whose directory is this job's, to its end; returns the exit code."""
         config, world = self.config, self.world
-        context = Context(config, stage.recipe(config), world, self.data, run.path / "tables", self.directories)
+        context = Context(
+            config, stage.name, stage.recipe(config), world, self.data, run.path / "tables", self.directories
+        )
         method = stage.build(context)
         method.check(world.size)
         fingerprint = self.data.fingerprint(labels=method.uses_labels)

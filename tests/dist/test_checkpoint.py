@@ -49,6 +49,16 @@ def test_another_world_size_takes_the_last_epoch_edge_and_drops_what_is_newer(tm
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e0002-p00-s000000000"]
 
 
+def test_what_was_drawn_otherwise_goes_on_from_an_epoch_edge(tmp_path: Path) -> None:
+    """As a run of nldist 0.1, whose checkpoints do not say how they drew."""
+    save(World.single(), tmp_path, Position(1), Position(1, 2, 7))
+    file = tmp_path / "e0001-p02-s000000007" / "shared.pt"
+    shared = torch.load(file, weights_only=True)
+    assert shared.pop("draws") > 1
+    torch.save(shared, file)
+    assert latest(World.single(), tmp_path) == ("e0001-p00-s000000000", {"rank": 0})
+
+
 def test_only_the_newest_are_kept_and_the_last_epoch_edge(tmp_path: Path) -> None:
     save(World.single(), tmp_path, Position(1), Position(1, 0, 5), Position(1, 0, 10), Position(1, 1, 5))
     assert sorted(p.name for p in tmp_path.iterdir()) == [

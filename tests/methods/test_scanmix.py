@@ -121,7 +121,10 @@ def clustering_step(world: World, digits: Path, products: dict[str, Path]) -> di
     batch = next(iter(Stream(method.context.train, method.context.labels, plan)))
     pairs = [batch[role] for role in ("anchors", "neighbours")]
     view = method.context.named_view("strong")
-    images = [method.context.view(b, 2, 64 + n, view) for n, b in enumerate(pairs)]
+    images = [
+        method.context.view(b, 2, f"cluster0/{role}", view)
+        for role, b in zip(("anchors", "neighbours"), pairs, strict=True)
+    ]
     before = copies(network(method).state_dict())
     loss = float(task.step(batch, 0)["loss"])
     found = {"ids": [b.ids for b in pairs], "images": images, "before": before, "loss": loss, "predicted1": column}

@@ -77,5 +77,5 @@ def test_training_makes_the_features_better(name: str, settings: tuple[str, ...]
         assert len(method.evaluation(epoch)) == 2 * (epoch in (9, 11)), "every ten epochs, and the last"
         run_pass(context, method.train_pass(epoch))
     trained = knn_accuracy(method, 11)
-    for measure in ("knn_accuracy", "knn_accuracy_clean"):
-        assert trained[measure] > random[measure] + 1
+    # By votes that are half wrong: right ones find the digits' class with a random network's features, too.
+    assert trained["knn_accuracy"] > random["knn_accuracy"] + 1
