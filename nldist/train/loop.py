@@ -15,7 +15,7 @@ from nldist.config import Config
 from nldist.data.index import Index
 from nldist.data.stream import Stream
 from nldist.dist.checkpoint import Checkpoints, Position
-from nldist.dist.engine import batch_factor
+from nldist.dist.optimizer import batch_factor
 from nldist.dist.stop import REQUEST, Stop
 from nldist.dist.table import SampleTable
 from nldist.dist.world import World
