@@ -124,7 +124,9 @@ class Checkpoints:
         """
         shared = load_file(path / "shared.pt")
         if shared["fingerprint"] != self._fingerprint:
-            raise UserError(f"{path} is of a run on other samples or labels than data.root has now; set another run.dir")
+            raise UserError(
+                f"{path} is of a run on other samples or labels than data.root has now; set another run.dir"
+            )
         table.load(path / "tables")
         position, rank = Position(**shared["position"]), None
         if shared["world_size"] == self._world.size:

@@ -219,7 +219,9 @@ def _initialize(
     try:
         deepspeed.DeepSpeedConfig(dict(settings))
     except Exception as error:  # whatever its checks raise, it is about what the file says
-        raise UserError(f"DeepSpeed refuses engine.config {config.engine.config}: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"DeepSpeed refuses engine.config {config.engine.config}: {' '.join(str(error).split())}"
+        ) from None
     place = SimpleNamespace(device_rank=world.device.index or 0)
     engine, *_ = deepspeed.initialize(
         place, model=network, optimizer=optimizer, config=settings, dist_init_required=False

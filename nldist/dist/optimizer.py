@@ -56,7 +56,7 @@ def num_moments(optim: OptimSection) -> int:
 
 
 def _layerwise(model: nn.Module, optim: OptimSection) -> list[dict[str, Any]]:
-    """Groups for LARS and LAMB: biases and norms, whose size says nothing about a good rate, neither decay nor adapt."""
+    """Groups for LARS and LAMB: biases and norms, whose size tells no good rate, neither decay nor adapt."""
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay},

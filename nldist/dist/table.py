@@ -56,7 +56,8 @@ class Column:
         """The rows (b, ...) of any ids (b,), also of none; b may differ between the ranks. A collective."""
         if self._world.size == 1:
             return self[ids]
-        world, edges = self._world, [rank * self._num_samples // self._world.size for rank in range(self._world.size + 1)]
+        world = self._world
+        edges = [rank * self._num_samples // world.size for rank in range(world.size + 1)]
         order = ids.argsort()
         asked = torch.searchsorted(ids[order].cpu(), torch.tensor(edges)).diff()
         mine = torch.zeros(world.size, world.size, dtype=torch.int64)

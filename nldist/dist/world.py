@@ -160,6 +160,7 @@ class World:
         """What any rank was asked to do (`stop.REQUEST`). A collective: all ranks call it at the same step's edge."""
         return Stop(int(self.all_reduce(torch.tensor(int(REQUEST.kind)), "max").item()))
 
+
 def _device(name: str, local_rank: int) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("dist.device=cuda, but torch finds no GPU here; use dist.device=cpu or auto")
@@ -178,9 +179,7 @@ def _init_process_group(world: World, place: Place, timeout_seconds: float, inte
     if place.address:
         os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_seconds)
-    )
+    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_seconds))
 
 
 def _shared_threads(place: Place) -> int:

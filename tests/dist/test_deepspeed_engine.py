@@ -4,7 +4,6 @@ float32, so the tolerance is that of sums in another order: 1e-6 of losses about
 """
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,9 @@ STAGES = [0, 1, 2]
 Weights = list[np.ndarray]
 
 
-def config(own: Path | None = None, stage: int | None = None, train: dict[str, Any] | None = None, **optim: Any) -> Config:
+def config(
+    own: Path | None = None, stage: int | None = None, train: dict[str, Any] | None = None, **optim: Any
+) -> Config:
     """DDP, or DeepSpeed at a stage."""
     engine: dict[str, Any] = {} if stage is None else {"name": "deepspeed", "zero_stage": stage}
     if own is not None:
@@ -226,7 +227,9 @@ def in_bf16(world: World, settings: Config) -> tuple[list[float], Weights]:
 def test_autocast_is_that_of_ddp(stage: int) -> None:
     train = {"autocast": "bf16"}
     exact = run_ranks(in_bf16, 2, config())[0]
-    (want, _), (got, _) = (run_ranks(in_bf16, 2, settings)[0] for settings in (config(train=train), config(None, stage, train)))
+    (want, _), (got, _) = (
+        run_ranks(in_bf16, 2, settings)[0] for settings in (config(train=train), config(None, stage, train))
+    )
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
     assert np.abs(np.array(got) - exact[0]).max() > 1e-4
 

@@ -54,7 +54,13 @@ def reference(num_groups: int, clip: float | None, adam: bool) -> list[np.ndarra
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize(
     ("options", "num_batches", "num_groups"),
-    [({}, 2, 2), ({"clip_norm": 0.1}, 2, 2), ({"accumulate": 2}, 4, 2), ({"accumulate": 3}, 2, 1), ({"name": "adam"}, 2, 2)],
+    [
+        ({}, 2, 2),
+        ({"clip_norm": 0.1}, 2, 2),
+        ({"accumulate": 2}, 4, 2),
+        ({"accumulate": 3}, 2, 1),
+        ({"name": "adam"}, 2, 2),
+    ],
 )
 def test_ranks_batches_and_accumulation_give_the_gradient_of_the_whole(
     size: int, options: dict[str, object], num_batches: int, num_groups: int

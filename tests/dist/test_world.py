@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from nldist.dist.stop import REQUEST, Stop
-from nldist.errors import REFUSAL_VARIABLE
 from nldist.dist.world import World
+from nldist.errors import REFUSAL_VARIABLE
 from tests.conftest import REPOSITORY
 from tests.ranks import free_port, run_ranks
 
@@ -73,7 +73,12 @@ with World.start(num_threads=1, timeout_seconds=60, device="cpu") as world:
 def fail(kind: str, victim: int, tmp_path: Path) -> tuple[list[int], list[str]]:
     """Three ranks, of which one (or all) fails; exit codes and what each wrote to stderr."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    shared = os.environ | {REFUSAL_VARIABLE: str(tmp_path / "refused"), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
+    shared = os.environ | {
+        REFUSAL_VARIABLE: str(tmp_path / "refused"),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "3",
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, str(tmp_path / "script.py"), kind, str(victim)],
