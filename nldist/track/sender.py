@@ -35,6 +35,7 @@ METRICS_FILE = "metrics.jsonl"
 OUTBOX_FILE = ".mlflow.jsonl"
 STATE_FILE = ".mlflow.json"
 JOB_TAG = "nldist.job"
+HEAD = ("time", "kind", "epoch", "step", "world_size", "moved")  # of a line of metrics: what places its values
 
 MAX_METRICS_PER_BATCH = 1000  # limits of MLflow's log_batch
 MAX_PARAMS_PER_BATCH = 100
@@ -193,7 +194,7 @@ def metrics_of(record: dict[str, Any]) -> Iterator[Any]:
     from mlflow.entities import Metric
 
     for key, value in record.items():
-        number = None if key in ("time", "kind", "epoch", "step") else to_number(value)
+        number = None if key in HEAD else to_number(value)
         if number is not None:
             yield Metric(valid_name(key), number, _milliseconds(record), record["step"])
 
