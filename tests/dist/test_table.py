@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from nldist.dist.checksums import Files
 from nldist.dist.table import SampleTable
 from nldist.dist.world import World
 from tests.ranks import run_ranks
@@ -22,7 +23,7 @@ def filled(world: World) -> SampleTable:
 
 
 def save(world: World, directory: Path) -> None:
-    filled(world).save(directory)
+    filled(world).save(Files(directory), ".")
 
 
 def load_and_gather(world: World, directory: Path) -> tuple[np.ndarray, np.ndarray]:
