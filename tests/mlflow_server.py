@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nldist.track.jsonl import to_number
+from nldist.track.sender import HEAD
 
 # What `mlflow server` serves. The slow import is done once, then every start is a fork.
 SERVER = """
@@ -102,7 +103,7 @@ def points_in_mlflow(uri: str, run_id: str) -> dict[str, list[tuple[int, int, fl
 def points_in_lines(run_dir: Path) -> dict[str, list[tuple[int, int, float]]]:
     points: dict[str, list[tuple[int, int, float]]] = {}
     for record in records(run_dir):
-        for name in record.keys() - {"time", "kind", "epoch", "step"}:
+        for name in record.keys() - set(HEAD):
             if (value := to_number(record[name])) is not None:
                 points.setdefault(name, []).append((record["step"], round(record["time"] * 1000), value))
     return {name: sorted(rows) for name, rows in points.items()}

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import nldist.cli
+from nldist.dist.checksums import CHECKSUMS_FILE
 from nldist.models import build_model
 from nldist.run.directory import RunDirectory
 from tests.commands import Command
@@ -87,7 +88,8 @@ def test_resume_is_exact_with_every_kind_of_state(
 
 
 def as_of_the_release_before(file: Path) -> None:
-    """Take what nldist 0.1 did not write out of a checkpoint's or weights file."""
+    """Take what nldist 0.1 did not write out of a checkpoint's or weights file, and from beside it."""
+    (file.parent / CHECKSUMS_FILE).unlink(missing_ok=True)
     content = torch.load(file, weights_only=True)
     torch.save({key: value for key, value in content.items() if key not in ("model_revision", "nldist")}, file)
 

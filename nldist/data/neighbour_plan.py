@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from nldist.data.plan import Part, Plan, hash_ids, shuffled, sweep
+from nldist.data.order import hash_ids
+from nldist.data.plan import Part, Plan, shuffled, sweep
 
 
 def neighbours(

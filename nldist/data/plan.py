@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from nldist.data.index import owned
+from nldist.data.order import Ids, Order, hash_ids
 
 _SHUFFLED, _LABELLED, _UNLABELLED = 1, 2, 3
 
@@ -48,11 +49,11 @@ def sweep(n: int, *, rank: int, size: int, batch_size: int, population: np.ndarr
         population: sorted ids to look at; all N by default.
     """
     if population is None:
-        mine = _Ids.of(n, None, owned(n, rank, size))
+        mine = Ids.of(n, None, owned(n, rank, size))
         most = max(len(owned(n, r, size)) for r in range(size))
     else:
         bounds = np.searchsorted(_sorted(population), [r * n // size for r in range(size + 1)])
-        mine = _Ids.of(n, population, range(int(bounds[rank]), int(bounds[rank + 1])))
+        mine = Ids.of(n, population, range(int(bounds[rank]), int(bounds[rank + 1])))
         most = int(np.diff(bounds).max())
     return _Sweep(-(-most // batch_size), batch_size, mine)
 
@@ -85,8 +86,8 @@ def shuffled(
         population: sorted ids to train on; all N by default.
     """
     total = n if population is None else len(_sorted(population))
-    ids = _Ids.of(n, population, owned(total, rank, size))
-    order = _Order(len(ids), window, (seed, epoch, _SHUFFLED, rank, 0))
+    ids = Ids.of(n, population, owned(total, rank, size))
+    order = Order(len(ids), window, (seed, epoch, _SHUFFLED, rank, 0))
     return _Shuffled({"all": _Even(_ceil_div(total, batch_size * size), ids, order)})
 
 
@@ -115,10 +116,10 @@ def divided(
     num_labelled, num_unlabelled = len(_sorted(labelled)), len(_sorted(unlabelled))
     if num_labelled < size:
         raise ValueError(f"{num_labelled} labelled samples cannot be divided among {size} ranks")
-    mine = _Ids.of(n, labelled, owned(num_labelled, rank, size))
-    order = _Order(len(mine), window, (seed, epoch, _LABELLED, rank, 0))
+    mine = Ids.of(n, labelled, owned(num_labelled, rank, size))
+    order = Order(len(mine), window, (seed, epoch, _LABELLED, rank, 0))
     slice_ = owned(num_unlabelled, rank, size) or range(num_unlabelled)
-    rest = _Ids.of(n, unlabelled, slice_)
+    rest = Ids.of(n, unlabelled, slice_)
     return _Shuffled(
         {
             "labelled": _Even(_ceil_div(num_labelled, batch_size * size), mine, order),
@@ -151,81 +152,10 @@ def balanced(labels: np.ndarray, n: int, *, seed: int, epoch: int, num_classes: 
 
 
 @dataclass(frozen=True)
-class _Ids:
-    """A rank's ids: a range, or an array of its own (so that pickling never sends another rank's)."""
-
-    first: int
-    count: int
-    array: np.ndarray | None
-
-    @classmethod
-    def of(cls, n: int, population: np.ndarray | None, positions: range) -> "_Ids":
-        if population is None:
-            return cls(positions.start, len(positions), None)
-        dtype = np.int32 if n <= np.iinfo(np.int32).max else np.int64
-        return cls(0, len(positions), population[positions.start : positions.stop].astype(dtype))
-
-    def __len__(self) -> int:
-        return self.count
-
-    def take(self, positions: np.ndarray) -> np.ndarray:
-        if self.array is None:
-            return positions + self.first
-        ids: np.ndarray = self.array[positions].astype(np.int64)
-        return ids
-
-
-class _Order:
-    """A window-shuffled order of `count` positions, computed window by window.
-
-    The windows' boundaries lie at another place each time, so that different records meet in a window.
-    """
-
-    def __init__(self, count: int, window: int | None, key: tuple[int, ...]) -> None:
-        self.count, self.window, self.key = count, min(window or count, count), key
-        self._layout: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
-        self._shuffled: tuple[int, np.ndarray] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_layout": None, "_shuffled": None}
-
-    def positions(self, begin: int, end: int) -> np.ndarray:
-        """Entries `begin` to `end` of the order, int64."""
-        if begin >= end:
-            return np.empty(0, np.int64)
-        _, _, ends = self._windows()
-        first, last = np.searchsorted(ends, [begin, end - 1], side="right")
-        pieces = []
-        for place in range(int(first), int(last) + 1):
-            start = int(ends[place - 1]) if place else 0
-            pieces.append(self._window(place)[max(begin - start, 0) : end - start])
-        return np.concatenate(pieces)
-
-    def _windows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of the windows in their shuffled order: first position, size, and where each ends in the order."""
-        if self._layout is None:
-            rng = np.random.default_rng((*self.key, 0))
-            phase = int(rng.integers(self.window)) if self.window < self.count else 0
-            edges = np.arange(-phase, self.count + self.window, self.window).clip(0, self.count)
-            edges = edges[: np.searchsorted(edges, self.count) + 1]
-            order = rng.permutation(len(edges) - 1)
-            sizes = np.diff(edges)[order]
-            self._layout = edges[:-1][order], sizes, np.cumsum(sizes)
-        return self._layout
-
-    def _window(self, place: int) -> np.ndarray:
-        if self._shuffled is None or self._shuffled[0] != place:
-            starts, sizes, _ = self._windows()
-            rng = np.random.default_rng((*self.key, 1, place))
-            self._shuffled = place, rng.permutation(sizes[place]) + starts[place]
-        return self._shuffled[1]
-
-
-@dataclass(frozen=True)
 class _Sweep:
     num_steps: int
     batch_size: int
-    ids: _Ids
+    ids: Ids
 
     def step(self, k: int) -> dict[str, Part]:
         begin = min(k * self.batch_size, len(self.ids))
@@ -238,8 +168,8 @@ class _Even:
     """A slice in a shuffled order, cut evenly into the steps."""
 
     num_steps: int
-    ids: _Ids
-    order: _Order
+    ids: Ids
+    order: Order
 
     def part(self, k: int) -> Part:
         count = len(self.ids)
@@ -254,10 +184,10 @@ class _Cycled:
 
     n: int
     batch_size: int
-    ids: _Ids
+    ids: Ids
     window: int | None
     key: tuple[int, ...]
-    _pass: tuple[int, _Order] | None = field(default=None, repr=False)
+    _pass: tuple[int, Order] | None = field(default=None, repr=False)
 
     def part(self, k: int) -> Part:
         count = len(self.ids)
@@ -271,9 +201,9 @@ class _Cycled:
             begin += stop - start
         return Part(np.concatenate(ids), np.concatenate(draws))
 
-    def _order(self, repeat: int) -> _Order:
+    def _order(self, repeat: int) -> Order:
         if self._pass is None or self._pass[0] != repeat:
-            self._pass = repeat, _Order(len(self.ids), self.window, (*self.key, repeat))
+            self._pass = repeat, Order(len(self.ids), self.window, (*self.key, repeat))
         return self._pass[1]
 
 
@@ -299,13 +229,3 @@ def _sorted(ids: np.ndarray) -> np.ndarray:
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def hash_ids(ids: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
-    """Distinct keys of the ids (b,), uint64 (b,): SplitMix64 from a place of its sequence that `key` names."""
-    base: np.uint64 = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    z: np.ndarray = base + (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    return z

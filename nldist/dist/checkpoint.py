@@ -4,27 +4,37 @@ RUN/checkpoints/e0003-p01-s000000200/   epoch 3, pass 1, 200 steps done
     shared.pt         what is the same on every rank, written by rank 0
     rank-00001.pt     what differs (batch-norm buffers within a pass)
     tables/           per-sample state, by id
+    checksums.json    of all these files
+RUN/checkpoints/damaged/                 those in which a start found damage
 """
 
+import contextlib
+import itertools
+import json
 import logging
 import os
+import pickle
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections import ChainMap
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from nldist.dist.table import SampleTable
+from nldist.dist.agree import every_line, first_problem, on_all
+from nldist.dist.checksums import Files, differs, read_sums, write_sums
+from nldist.dist.table import SampleTable, slices_for
 from nldist.dist.world import World
-from nldist.errors import UserError
+from nldist.errors import UserError, one_line
 from nldist.files import replacing
 from nldist.randomness import REVISION
 
-log = logging.getLogger(__name__)
-
+SHARED_FILE = "shared.pt"
+_log = logging.getLogger(__name__)
 _NAME = re.compile(r"e(\d+)-p(\d+)-s(\d+)")
 
 
@@ -60,17 +70,12 @@ class Checkpoints:
             UserError: the file system refused (full disk, no permission), on any rank.
         """
         final = self._directory / position.name
-        aside = final.with_name(final.name + ".part")
-        self._all_ok(lambda: self._prepare(aside))
-        self._all_ok(lambda: self._write(aside, position, shared, rank, table))
-        if self._world.is_main:
-            if final.exists():  # saved before a restart: the same state
-                shutil.rmtree(aside)
-            else:
-                os.replace(aside, final)
-                _sync(self._directory)
-            self._prune()
-        self._world.barrier()
+        files = Files(final.with_name(final.name + ".part"))
+        failure = f"checkpoint {final} was not saved"
+        on_all(lambda: self._prepare(files.directory), self._world, failure)
+        on_all(lambda: self._write(files, position, shared, rank, table), self._world, failure)
+        sums = [json.loads(line) for line in every_line(json.dumps(files.sums), self._world)]
+        on_all(lambda: self._finish(files.directory, final, sums), self._world, failure)
         return final
 
     def _prepare(self, aside: Path) -> None:
@@ -80,7 +85,7 @@ class Checkpoints:
             (aside / "tables").mkdir(parents=True)
 
     def _write(
-        self, aside: Path, position: Position, shared: Mapping[str, Any], rank: Mapping[str, Any], table: SampleTable
+        self, files: Files, position: Position, shared: Mapping[str, Any], rank: Mapping[str, Any], table: SampleTable
     ) -> None:
         if self._world.is_main:
             facts = {
@@ -89,61 +94,95 @@ class Checkpoints:
                 "fingerprint": self._fingerprint,
                 "draws": REVISION,
             }
-            _save(dict(shared) | facts, aside / "shared.pt")
-        _save(rank, aside / f"rank-{self._world.rank:05d}.pt")
-        table.save(aside / "tables")
+            with files.create(SHARED_FILE) as file:
+                torch.save(dict(shared) | facts, file)
+        with files.create(_rank_file(self._world.rank)) as file:
+            torch.save(rank, file)
+        table.save(files, "tables")
 
-    def _all_ok(self, write: Callable[[], None]) -> None:
-        """Run `write` on every rank; if it failed on one, fail on all with that rank's reason."""
-        problem = None
-        try:
-            write()
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            problem = f"rank {self._world.rank}: {error}"
-        flags = torch.zeros(self._world.size)
-        flags[self._world.rank] = problem is not None
-        self._world.all_reduce(flags)
-        if problem or flags.any():
-            other = f"rank {int(flags.argmax())} could not write its part"
-            raise UserError(f"checkpoint in {self._directory} was not saved: {problem or other}; free some space")
+    def _finish(self, aside: Path, final: Path, sums: Iterable[dict[str, tuple[int, int]]]) -> None:
+        if not self._world.is_main:
+            return
+        write_sums(aside, ChainMap(*sums))
+        if final.exists():  # saved before a restart: the same state
+            shutil.rmtree(aside)
+        else:
+            os.replace(aside, final)
+            _sync(self._directory)
+        self._prune()
 
     def latest(self) -> Path | None:
-        """The newest checkpoint that this world can go on from; rank 0 decides. A collective.
+        """The newest whole checkpoint that this world can go on from. A collective.
 
-        Another world size goes on from an epoch's end only, and so does what was saved by an nldist of other draws. Newer checkpoints, which it has to leave behind,
-        are removed: they would not belong to the run that goes on from here.
+        Each rank looks through the files that it would read. Where one finds damage, all go on to the next older
+        checkpoint, and the damaged one is kept in `damaged/`. Another world size goes on from an epoch's end only, as
+        does what an nldist of other draws has saved. Newer checkpoints, which it has to leave behind, are removed: they
+        would not belong to the run that goes on.
+
+        Raises:
+            UserError: no checkpoint is whole. All are left as they are.
         """
+        fitting = [path for path in reversed(self._complete()) if self._fits(path)] if self._world.is_main else []
+        damaged: dict[Path, str] = {}
         choice = None
-        if self._world.is_main:
-            complete = self._complete()
-            choice = next((p for p in reversed(complete) if self._fits(p)), None)
-            for path in complete[complete.index(choice) + 1 if choice else 0 :]:
-                log.info("%s, within an epoch, is of another number of ranks or of an nldist that draws otherwise", path)
+        for path in self._world.broadcast_object(fitting):
+            problem = first_problem(find_damage(path, self._world.rank, self._world.size), self._world)
+            if problem is None:
+                choice = path
+                break
+            damaged[path] = problem
+        if damaged and choice is None:
+            path, problem = next(iter(damaged.items()))
+            raise UserError(f"{path} is damaged ({problem}), as is what is older; delete {path.parent} to begin again")
+        on_all(lambda: self._leave(choice, damaged), self._world, f"checkpoints in {self._directory} cannot be moved")
+        return choice
+
+    def _leave(self, choice: Path | None, damaged: Mapping[Path, str]) -> None:
+        """Put aside what is damaged and remove what is newer than the choice."""
+        if not self._world.is_main:
+            return
+        for path, problem in damaged.items():
+            kept = _free_name(self._directory / "damaged" / path.name)
+            kept.parent.mkdir(exist_ok=True)
+            os.replace(path, kept)
+            _log.warning("checkpoint %s is damaged (%s): left, and kept in %s", path.name, problem, kept)
+        for path in self._complete():
+            if choice is None or path > choice:
+                _log.info("%s, within an epoch, is of another number of ranks or was drawn otherwise", path)
                 _remove(path)
-        return self._world.broadcast_object(choice)
 
     def load(self, path: Path, table: SampleTable) -> tuple[Position, dict[str, Any], dict[str, Any] | None]:
         """Read a checkpoint: its position, the shared state, and this rank's own (None at another world size).
 
         Raises:
-            UserError: it was saved for other samples or labels.
+            UserError: it was saved for other samples or labels, or rows of its tables are missing.
         """
-        shared = load_file(path / "shared.pt")
+        shared = load_file(path / SHARED_FILE)
         if shared["fingerprint"] != self._fingerprint:
-            raise UserError(f"{path} is of a run on other samples or labels than data.root has now; set another run.dir")
-        table.load(path / "tables")
+            raise UserError(
+                f"{path} is of a run on other samples or labels than data.root has now; set another run.dir"
+            )
+        try:
+            table.load(path / "tables")
+        except ValueError as error:
+            raise UserError(f"{error}; move {path} away to go on from the one before") from error
         position, rank = Position(**shared["position"]), None
         if shared["world_size"] == self._world.size:
-            rank = load_file(path / f"rank-{self._world.rank:05d}.pt")
+            rank = load_file(path / _rank_file(self._world.rank))
         assert rank is not None or position.at_epoch_edge, "a checkpoint within an epoch fits its own world only"
         return position, shared, rank
 
     def _fits(self, path: Path) -> bool:
-        if _position(path).at_epoch_edge:
+        """Whether this world can go on from a checkpoint, as far as can be told before it is read."""
+        try:
+            if _position(path).at_epoch_edge:
+                return True
+            if _world_size(_names(path)) != self._world.size:
+                return False
+            # The rest of an epoch that was begun with other draws is not what is left of it.
+            return bool(load_file(path / SHARED_FILE, mmap=True).get("draws", 1) == REVISION)
+        except (ValueError, UserError):  # it is damaged: to be found so, not to be removed as another world's
             return True
-        # The rest of an epoch that was begun with other draws is not what is left of it.
-        draws = load_file(path / "shared.pt", mmap=True).get("draws", 1)
-        return draws == REVISION and len(list(path.glob("rank-*.pt"))) == self._world.size
 
     def _complete(self) -> list[Path]:
         return sorted(p for p in self._directory.glob("e*") if _NAME.fullmatch(p.name))
@@ -176,19 +215,80 @@ def _position(path: Path) -> Position:
     return Position(*map(int, match.groups()))
 
 
-def _save(value: Any, path: Path) -> None:
-    with path.open("wb") as file:
-        torch.save(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def save_file(value: Any, path: Path) -> None:
     """torch.save to `path`, which is replaced as a whole."""
-    with replacing(path) as aside:
-        _save(value, aside)
+    with replacing(path) as aside, aside.open("wb") as file:
+        torch.save(value, file)
 
 
 def load_file(path: Path, *, mmap: bool = False) -> Any:
-    """torch.load of plain tensors and containers only, to the CPU; with `mmap` tensors are read when they are used."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    """torch.load of plain tensors and containers only, to the CPU; with `mmap` tensors are read when they are used.
+
+    Raises:
+        UserError: there is no such file, it is damaged, or it holds something else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} cannot be read, it may be damaged: {one_line(error)}") from error
+
+
+def newest_shared(directory: Path) -> dict[str, Any] | None:
+    """What the newest readable checkpoint in `directory` holds for all ranks, tensors unread; None: there is none."""
+    for file in sorted(directory.glob(f"e*/{SHARED_FILE}"), reverse=True):
+        with contextlib.suppress(UserError):
+            shared: dict[str, Any] = load_file(file, mmap=True)
+            return shared
+    return None
+
+
+def find_damage(path: Path, rank: int, size: int) -> str | None:
+    """What is wrong with the files of a checkpoint that rank `rank` of `size` reads; None: nothing.
+
+    Releases that wrote no checksums: only what keeps a file from being read at all.
+    """
+    try:
+        sums, names = read_sums(path), _names(path)
+    except ValueError as error:
+        return str(error)
+    needed = [SHARED_FILE, *slices_for(names, rank, size)]
+    if _world_size(names) == size:
+        needed.append(_rank_file(rank))
+    for name in needed:
+        problem = _unreadable(path / name) if sums is None else differs(path / name, *sums[name])
+        if problem:
+            return f"{name}: {problem}"
+    return None
+
+
+def _unreadable(path: Path) -> str | None:
+    try:
+        np.load(path, mmap_mode="r", allow_pickle=False) if path.suffix == ".npy" else load_file(path, mmap=True)
+    except (UserError, OSError, EOFError, ValueError) as error:
+        return one_line(error)
+    return None
+
+
+def _names(path: Path) -> list[str]:
+    """The files of a checkpoint, below it.
+
+    Raises:
+        ValueError: its checksums, which name them, are damaged.
+    """
+    sums = read_sums(path)
+    return [file.relative_to(path).as_posix() for file in path.rglob("*.*")] if sums is None else list(sums)
+
+
+def _world_size(names: Iterable[str]) -> int:
+    """How many ranks have written a checkpoint of these files."""
+    return sum(name.startswith("rank-") for name in names)
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.pt"
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, with a number where there is such a file."""
+    others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(other for other in others if not other.exists())

@@ -14,7 +14,8 @@ from torch.nn import Parameter
 
 from nldist.config import Config, EngineSection, OptimSection, Recipe
 from nldist.dist.deepspeed_settings import deepspeed_settings
-from nldist.dist.engine import Backbone, Call, Engine, Precise, build_optimizer
+from nldist.dist.engine import Backbone, Call, Engine, Precise
+from nldist.dist.optimizer import build_optimizer
 from nldist.dist.world import World
 from nldist.errors import UserError
 

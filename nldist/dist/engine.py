@@ -1,7 +1,6 @@
 """One trained network: its forward, backward and step, over all ranks."""
 
 import contextlib
-import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -12,67 +11,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from nldist.config import Config, OptimSection, Recipe
+from nldist.config import Config, Recipe
+from nldist.dist.optimizer import build_optimizer
 from nldist.dist.world import World
 
 # (images, output, output, ...): what a network is asked for one batch.
 Call = tuple[Any, ...]
 # What becomes of a network's backbone in a forward: it learns; only batch norm's statistics follow; it stays as it is.
 Backbone = Literal["learns", "follows", "stays"]
-
-
-def batch_factor(optim: OptimSection, global_batch: int) -> float:
-    """How many times the configured learning rate a global batch of this many samples gets, once warmed up.
-
-    The linear rule is Goyal et al.'s (arXiv 1706.02677, section 2.1), the root one Krizhevsky's (arXiv 1404.5997).
-    """
-    if optim.lr_batch is None or optim.lr_rule == "none":
-        return 1.0
-    ratio = global_batch / optim.lr_batch
-    return ratio if optim.lr_rule == "linear" else math.sqrt(ratio)
-
-
-def learning_rate(optim: OptimSection, epoch: float, num_epochs: int, factor: float = 1.0) -> float:
-    """The learning rate at a (fractional) epoch of `num_epochs`, for a batch with this `batch_factor`.
-
-    A factor above 1 is grown into over lr_rule_epochs (Goyal et al., section 2.2: gradual warm-up). Schedules go by
-    whole epochs (as in the codes of SimCLR's and MoCo's authors, too); what grows at the start goes by steps.
-    """
-    if factor > 1 and epoch < optim.lr_rule_epochs:
-        factor = 1 + (factor - 1) * epoch / optim.lr_rule_epochs
-    rate = optim.lr * factor
-    if optim.schedule == "cosine":
-        rate = optim.min_lr + (rate - optim.min_lr) * (1 + math.cos(math.pi * int(epoch) / num_epochs)) / 2
-    else:
-        rate *= optim.gamma ** sum(epoch >= milestone for milestone in optim.milestones)
-    return rate * min(1.0, epoch / optim.warmup_epochs) if optim.warmup_epochs else rate
-
-
-def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
-    """The configured optimiser over all parameters of `model`."""
-    make: Callable[..., torch.optim.Optimizer]
-    momentum: dict[str, Any] = {"momentum": optim.momentum, "nesterov": optim.nesterov}
-    if optim.name in ("lars", "lamb"):
-        import timm.optim
-
-        make, options = (timm.optim.Lars, momentum) if optim.name == "lars" else (timm.optim.Lamb, {})
-        return make(_layerwise(model, optim), lr=optim.lr, **options)
-    make, options = (torch.optim.SGD, momentum) if optim.name == "sgd" else (torch.optim.Adam, {})
-    return make(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, **options)
-
-
-def num_moments(optim: OptimSection) -> int:
-    """Tensors of the weights' size that the configured optimiser keeps."""
-    return 2 if optim.name in ("adam", "lamb") else int(optim.momentum > 0)
-
-
-def _layerwise(model: nn.Module, optim: OptimSection) -> list[dict[str, Any]]:
-    """Groups for LARS and LAMB: biases and norms, whose size says nothing about a good rate, neither decay nor adapt."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
 
 
 class Engine(ABC):

@@ -62,8 +62,12 @@ class Place:
             address=_parse_node_list(os.environ["SLURM_STEP_NODELIST"])[0],
             # Neighbouring jobs and steps have different ports, so that two on one node do not meet; so have the starts
             # of a job, as the port of one may be taken.
-            port=_FIRST_PORT + (_number("SLURM_JOB_ID") * 8 + _number("SLURM_STEP_ID") + 997 * num_restarts()) % _NUM_PORTS,
+            port=_FIRST_PORT + (_step_number() + 997 * num_restarts()) % _NUM_PORTS,
         )
+
+
+def _step_number() -> int:
+    return _number("SLURM_JOB_ID") * 8 + _number("SLURM_STEP_ID")
 
 
 def _number(name: str) -> int:

@@ -1,4 +1,4 @@
-"""The request to stop: signals set it, ranks agree on it at a step's edge (see World.should_stop)."""
+"""The request to stop: signals set it, ranks agree on it at a step's edge (see stop_check)."""
 
 import signal
 import time

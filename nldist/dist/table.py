@@ -1,8 +1,7 @@
 """Per-sample state: named columns by dense id, each row kept by the rank that owns the sample."""
 
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nldist.data.index import owned
+from nldist.dist.checksums import Files
 from nldist.dist.world import World
 
 _SLICE = re.compile(r"(?P<column>.+)\.(?P<start>\d{12})-(?P<stop>\d{12})\.npy")
@@ -56,10 +56,8 @@ class Column:
         """The rows (b, ...) of any ids (b,), also of none; b may differ between the ranks. A collective."""
         if self._world.size == 1:
             return self[ids]
-        world, edges = (
-            self._world,
-            [rank * self._num_samples // self._world.size for rank in range(self._world.size + 1)],
-        )
+        world = self._world
+        edges = [rank * self._num_samples // world.size for rank in range(world.size + 1)]
         order = ids.argsort()
         asked = torch.searchsorted(ids[order].cpu(), torch.tensor(edges)).diff()
         mine = torch.zeros(world.size, world.size, dtype=torch.int64)
@@ -121,14 +119,11 @@ class SampleTable:
         """State kept for each sample, in bytes."""
         return sum(column.row_bytes for column in self._columns.values())
 
-    def save(self, directory: Path) -> None:
+    def save(self, files: Files, folder: str) -> None:
         """Write this rank's rows as one .npy file per column, named by its range of ids."""
         for name, column in self._columns.items():
-            path = directory / f"{name}.{self.owned.start:012d}-{self.owned.stop:012d}.npy"
-            with path.open("wb") as file:
+            with files.create(f"{folder}/{name}.{self.owned.start:012d}-{self.owned.stop:012d}.npy") as file:
                 np.save(file, column.rows.cpu().numpy())
-                file.flush()
-                os.fsync(file.fileno())
 
     def load(self, directory: Path) -> None:
         """Read the owned rows from slices that any number of ranks wrote.
@@ -151,3 +146,11 @@ class SampleTable:
                     num_read += high - low
             if num_read != len(self.owned) and any(match["column"] == name for match, _ in slices):
                 raise ValueError(f"{directory}: column {name} holds {num_read} of {len(self.owned)} owned rows")
+
+
+def slices_for(names: Iterable[str], rank: int, size: int) -> list[str]:
+    """Those of the files that tables of all ranks were saved in, by name, that `load` reads on a rank of `size`."""
+    matches = {name: match for name in names if (match := _SLICE.fullmatch(Path(name).name))}
+    ranges = {name: range(int(match["start"]), int(match["stop"])) for name, match in matches.items()}
+    mine = owned(max((ids.stop for ids in ranges.values()), default=0), rank, size)
+    return [name for name, ids in ranges.items() if max(ids.start, mine.start) < min(ids.stop, mine.stop)]

@@ -2,14 +2,10 @@
 
 import contextlib
 import os
-import socket
-import sys
-import time
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -17,15 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nldist.dist.environment import Place
-from nldist.dist.stop import REQUEST, Stop
-from nldist.errors import UserError, known, note_refusal, one_line
+from nldist.dist.failure import end_failed
 from nldist.dist.memory import keep_freed_memory
+from nldist.errors import UserError, known
 
 T = TypeVar("T")
 
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
-_FAILURE_KEY = "nldist/failure"
-_LINGER_SECONDS = 3
 
 
 @dataclass
@@ -88,7 +82,7 @@ class World:
         if world.size > 1:
             _init_process_group(world, place, timeout_seconds, interface)
         if problem is not None:
-            world._fail(problem)
+            end_failed(problem, world.rank, world.size)
         try:
             yield world
             if world.size > 1:
@@ -96,7 +90,7 @@ class World:
         except (Exception, KeyboardInterrupt) as error:
             if world.size == 1:
                 raise
-            world._fail(known(error))
+            end_failed(known(error), world.rank, world.size)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -161,29 +155,6 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def should_stop(self) -> Stop:
-        """What any rank was asked to do (`stop.REQUEST`). A collective: all ranks call it at the same step's edge."""
-        return Stop(int(self.all_reduce(torch.tensor(int(REQUEST.kind)), "max").item()))
-
-    def _fail(self, error: BaseException) -> None:
-        """Report `error` as this rank's, or name the rank whose failure caused it, and end the process."""
-        first = _first_failure(f"rank {self.rank} on {socket.gethostname()}: {one_line(error)}")
-        told = first is not None and first.endswith(one_line(error))
-        if first is not None and isinstance(error, RuntimeError):
-            print(f"rank {self.rank} stops because of {first}", file=sys.stderr, flush=True)
-        elif isinstance(error, UserError):
-            note_refusal()
-            if not told:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            text = "".join(traceback.format_exception(error))
-            print(f"rank {self.rank} of {self.size} failed:\n{text}", file=sys.stderr, flush=True)
-        if self.is_main:
-            # This rank may hold the store: let the others read who failed first.
-            time.sleep(_LINGER_SECONDS)
-        # Not sys.exit: worker processes and a half-broken process group could keep the interpreter alive.
-        os._exit(2 if isinstance(error, UserError) else 1)
-
 
 def _device(name: str, local_rank: int) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
@@ -203,20 +174,8 @@ def _init_process_group(world: World, place: Place, timeout_seconds: float, inte
     if place.address:
         os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_seconds)
-    )
+    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timedelta(seconds=timeout_seconds))
 
 
 def _shared_threads(place: Place) -> int:
     return max(1, len(os.sched_getaffinity(0)) // place.num_local)
-
-
-def _first_failure(mine: str) -> str | None:
-    """Publish this rank's failure; return another rank's where one was published before."""
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        first = store.compare_set(_FAILURE_KEY, "", mine).decode()
-    except Exception:  # the store died with its rank: nothing is known, so report our own error in full
-        return None
-    return None if first == mine else first

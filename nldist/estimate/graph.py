@@ -32,39 +32,11 @@ def normalise(features: np.ndarray) -> np.ndarray:
     return out
 
 
-def knn_graph(
-    features: np.ndarray,
-    k: int,
-    world: World,
-    *,
-    factory: str = "Flat",
-    num_probe: int | None = None,
-    seed: int = 0,
-) -> np.ndarray:
-    """The k nearest other samples of each sample, by descending cosine, ties by ascending id. A collective.
-
-    With "Flat" it is exact, and the same for any number of ranks (ScanMix, section 3.2).
-
-    Args:
-        features: (owned, d), the samples of this rank, consecutive in rank order.
-        k: neighbours of each sample, without the sample itself.
-        world: the ranks.
-        factory, num_probe, seed: of `ShardedIndex.build`.
-
-    Returns:
-        Ids (owned, k) int32.
-
-    Raises:
-        UserError: as `ShardedIndex.build` and `neighbours_of`.
-    """
-    index = ShardedIndex.build(normalise(features), world, factory=factory, num_probe=num_probe, seed=seed)
-    return neighbours_of(index, index.owned, k)
-
-
 def neighbours_of(index: ShardedIndex, ids: range, k: int) -> np.ndarray:
     """The k nearest other vectors of the indexed vectors `ids`, all owned by this rank; may be none. A collective.
 
-    A vector is told from its duplicates by its id. Where more than k + 1 are the same, it may not be in its own list.
+    With an exact index the lists are exact, and the same for any number of ranks (ScanMix, section 3.2). A vector is
+    told from its duplicates by its id. Where more than k + 1 are the same, it may not be in its own list.
 
     Returns:
         Ids (b, k) int32, by descending inner product, ties by ascending id.

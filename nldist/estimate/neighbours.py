@@ -4,25 +4,14 @@ Each rank searches its own vectors for the queries of all; the query's owner mer
 score, ascending id). Ids count the vectors in rank order (docs/scanmix.md, "At full scale").
 """
 
-import json
-import os
-import re
-import shutil
-from pathlib import Path
-from typing import Any
-
 import faiss
 import numpy as np
 import torch
 
-from nldist.data.index import owned
 from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.estimate.shard import MAX_K, Shard, lengths, settle_faiss
 
-FORMAT_VERSION = 1
-
-_SLICE = re.compile(r"vectors\.(\d{12})-(\d{12})\.npy").fullmatch
 # Queries of all ranks that are searched at a time: what bounds the memory of a search.
 _BLOCK = 8_192
 # A product of two such lengths, and so every partial sum of an inner product, fits float32.
@@ -45,18 +34,18 @@ class ShardedIndex:
         num_vectors: vectors of all ranks.
     """
 
-    def __init__(self, vectors: np.ndarray, world: World, facts: dict[str, Any], trained: np.ndarray | None) -> None:
+    def __init__(self, vectors: np.ndarray, world: World, factory: str, trained: np.ndarray | None) -> None:
         counts = world.all_gather(np.array([len(vectors)], np.int64))
         start = int(counts[: world.rank].sum())
         self.owned, self.num_vectors = range(start, start + len(vectors)), int(counts.sum())
-        self._world, self._facts, self._trained = world, facts, trained
+        self._world = world
         self._device = world.device if faiss.get_num_gpus() else torch.device("cpu")
         settle_faiss()
         try:
             index = None if trained is None else faiss.deserialize_index(trained)
             self._shard = Shard(_tensor(vectors).to(self._device), index)
         except RuntimeError as error:
-            raise UserError(f"FAISS cannot use the index {facts['factory']!r} here: {_reason(error)}") from error
+            raise UserError(f"FAISS cannot use the index {factory!r} here: {_reason(error)}") from error
 
     @classmethod
     def build(
@@ -79,7 +68,7 @@ class ShardedIndex:
         settle_faiss()
         index = _empty_index(vectors.shape[1], factory, num_probe)
         trained = None if factory == "Flat" else _train(index, vectors, world, factory, seed)
-        return cls(vectors, world, {"factory": factory, "num_probe": num_probe}, trained)
+        return cls(vectors, world, factory, trained)
 
     def vectors(self, ids: range) -> np.ndarray:
         """The vectors (b, d) float32 of `ids`, all of which this rank owns."""
@@ -127,54 +116,6 @@ class ShardedIndex:
         best = np.argsort(-merged["score"], axis=1, kind="stable")[:, :k]
         merged = np.take_along_axis(merged, best, axis=1)
         return merged["score"], merged["id"]
-
-    def save(self, directory: Path) -> None:
-        """Write the index to `directory` in the place of what is there; it exists whole or not at all. A collective.
-
-        Raises:
-            UserError: the file system refused (full disk, no permission).
-        """
-        aside = directory.with_name(directory.name + ".part")
-        try:
-            if self._world.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
-            self._world.barrier()
-            if self.owned:
-                _write(aside / f"vectors.{self.owned.start:012d}-{self.owned.stop:012d}.npy", self.vectors(self.owned))
-            self._world.barrier()
-            if self._world.is_main:
-                self._finish(aside, directory)
-            self._world.barrier()
-        except OSError as error:
-            raise UserError(f"{directory}: the index was not saved ({error}); free some space") from error
-
-    def _finish(self, aside: Path, directory: Path) -> None:
-        if self._trained is not None:
-            self._trained.tofile(aside / "trained.faiss")
-        dim = self._shard.vectors.shape[1]
-        facts = {"format_version": FORMAT_VERSION, **self._facts, "dim": dim, "num_vectors": self.num_vectors}
-        (aside / "manifest.json").write_text(json.dumps(facts, indent=2) + "\n")
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(aside, directory)
-
-    @classmethod
-    def load(cls, directory: Path, world: World) -> "ShardedIndex":
-        """Read an index that any number of ranks saved; each rank gets an even share of the ids. A collective.
-
-        Raises:
-            UserError: files are missing, damaged or of another format version.
-        """
-        try:
-            facts = json.loads((directory / "manifest.json").read_text())
-            if facts["format_version"] != FORMAT_VERSION:
-                raise UserError(f"{directory}: format version {facts['format_version']!r}, not {FORMAT_VERSION}")
-            kind = {name: facts[name] for name in ("factory", "num_probe")}
-            vectors = _read(directory, facts["num_vectors"], facts["dim"], world)
-            trained = None if kind["factory"] == "Flat" else np.fromfile(directory / "trained.faiss", np.uint8)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{directory}: not a whole index ({error}); build it again") from error
-        return cls(vectors, world, kind, trained)
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
@@ -246,29 +187,3 @@ def _exchange(array: np.ndarray, send: np.ndarray, receive: np.ndarray, world: W
 def _reason(error: RuntimeError) -> str:
     """What FAISS complains of, without the place in its source."""
     return str(error).rsplit(": ", 1)[-1].strip()
-
-
-def _write(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read(directory: Path, num_vectors: int, dim: int, world: World) -> np.ndarray:
-    """This rank's even share of the vectors, (owned, dim), from slices that together hold each once."""
-    ids = owned(num_vectors, world.rank, world.size)
-    vectors = np.empty((len(ids), dim), np.float32)
-    slices = [(int(match[1]), int(match[2]), path) for path in directory.iterdir() if (match := _SLICE(path.name))]
-    end = 0
-    for start, stop, path in [*sorted(slices), (num_vectors, num_vectors, directory)]:
-        if start != end:
-            raise ValueError(f"vectors {end} to {start - 1} are missing")
-        end = stop
-        low, high = max(start, ids.start), min(stop, ids.stop)
-        if low < high:
-            part = np.lib.format.open_memmap(path, mode="r")
-            if part.shape != (stop - start, dim) or part.dtype != np.float32:
-                raise ValueError(f"{path.name} holds {part.dtype} {part.shape}")
-            vectors[low - ids.start : high - ids.start] = part[low - start : high - start]
-    return vectors

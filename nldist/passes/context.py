@@ -15,7 +15,8 @@ from nldist.data.plan import Plan, shuffled, sweep
 from nldist.data.stream import Batch, Stream
 from nldist.data.views import View
 from nldist.dist.build_engine import build_engine
-from nldist.dist.engine import Engine, batch_factor, learning_rate
+from nldist.dist.engine import Engine
+from nldist.dist.optimizer import batch_factor, learning_rate
 from nldist.dist.table import SampleTable
 from nldist.dist.world import World
 from nldist.models import Network, build_model

@@ -27,14 +27,15 @@ from pathlib import Path
 from typing import Any
 
 from nldist.files import write_text
-from nldist.track.jsonl import JsonLines, read_lines, to_number
+from nldist.track.jsonl import read_lines, to_number
 from nldist.track.store import artifact_root, connect, masked, valid_name
+from nldist.track.system import SYSTEM_FILE, sample_system
 
 METRICS_FILE = "metrics.jsonl"
-SYSTEM_FILE = "system.jsonl"
 OUTBOX_FILE = ".mlflow.jsonl"
 STATE_FILE = ".mlflow.json"
 JOB_TAG = "nldist.job"
+HEAD = ("time", "kind", "epoch", "step", "world_size", "moved")  # of a line of metrics: what places its values
 
 MAX_METRICS_PER_BATCH = 1000  # limits of MLflow's log_batch
 MAX_PARAMS_PER_BATCH = 100
@@ -193,7 +194,7 @@ def metrics_of(record: dict[str, Any]) -> Iterator[Any]:
     from mlflow.entities import Metric
 
     for key, value in record.items():
-        number = None if key in ("time", "kind", "epoch", "step") else to_number(value)
+        number = None if key in HEAD else to_number(value)
         if number is not None:
             yield Metric(valid_name(key), number, _milliseconds(record), record["step"])
 
@@ -233,35 +234,6 @@ def follow(sender: Sender, stop: threading.Event) -> None:
             time.sleep(min(delay, LAST_RETRY_SECONDS))
         else:
             stop.wait(delay)
-
-
-def sample_system(run_dir: Path, interval_seconds: float) -> None:
-    """Write a line of CPU, memory, disk, network and GPU use to RUN/system.jsonl every interval, for ever.
-
-    The numbers and their names are those of mlflow's own monitors. Its `SystemMetricsMonitor` around them is
-    not used: it asks the server for the run at every sample and ends for good when that fails once.
-    """
-    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-
-    monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-    with contextlib.suppress(ImportError, RuntimeError):  # no NVIDIA GPU here
-        monitors.append(GPUMonitor())
-    lines = JsonLines(run_dir / SYSTEM_FILE)
-    step = sum(1 for _ in read_lines(run_dir / SYSTEM_FILE))
-    monitors[0].collect_metrics()  # psutil measures CPU use between two calls
-    monitors[0].clear_metrics()
-    while True:
-        time.sleep(interval_seconds)
-        values: dict[str, float] = {}
-        for monitor in monitors:
-            monitor.collect_metrics()
-            values.update({f"system/{key}": value for key, value in monitor.aggregate_metrics().items()})
-            monitor.clear_metrics()
-        lines.append({"time": round(time.time(), 3), "step": step, **values})
-        step += 1
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from nldist.errors import UserError
 from nldist.track.jsonl import JsonLines, read_lines, to_json
-from nldist.track.sender import METRICS_FILE, OUTBOX_FILE, State
+from nldist.track.sender import HEAD, METRICS_FILE, OUTBOX_FILE, State
 from nldist.track.store import masked, resolve_uri
 
 logger = logging.getLogger(__name__)
@@ -50,17 +50,16 @@ class Tracker:
         """Start the record of a run, or go on with the one that `run_dir` holds (and with its MLflow run).
 
         `uri` names the MLflow store (`sqlite:////...`, `http://...`); None writes JSON lines only. `params`
-        may be nested; MLflow gets dotted names. It keeps a parameter's first value: one that a resumed run
-        changed becomes the tag `changed.NAME`. `system_metrics` samples this node into RUN/system.jsonl and
-        MLflow (not without MLflow: the numbers are its monitors').
+        may be nested and have `world_size`; MLflow gets dotted names. It keeps a parameter's first value: one that
+        a resumed run changed becomes the tag `changed.NAME`. `system_metrics` samples this node into
+        RUN/system.jsonl and MLflow (not without MLflow: the numbers are its monitors').
         Raises `UserError` for a URI that MLflow has no store for, and for a damaged metrics.jsonl.
         """
         self._run_dir = run_dir.absolute()
         self._uri = resolve_uri(uri) if uri is not None else None
         self._lines = JsonLines(self._run_dir / METRICS_FILE)
-        self._last_steps: dict[str, int] = {}
-        for record, _ in read_lines(self._run_dir / METRICS_FILE):
-            self._last_steps[record["kind"]] = record["step"]
+        self._world_size: int = params["world_size"]
+        self._last = {record["kind"]: record for record, _ in read_lines(self._run_dir / METRICS_FILE)}
         self._outbox: JsonLines | None = None
         self._sender: subprocess.Popen[bytes] | None = None
         if self._uri is not None:
@@ -72,17 +71,26 @@ class Tracker:
     def log(self, values: Mapping[str, float | int | str | None], *, epoch: int, step: int, kind: str = "step") -> None:
         """Record values at a step (of the whole run, 0 or more); the numbers among them are MLflow metrics.
 
-        Within a kind of record ("step", "epoch") steps increase: a step not beyond the last one on record is
-        a replay after a resume and is dropped, so that each record is there once.
-        Raises `ValueError` if a value is named time, kind, epoch or step.
+        A resumed run does again what lies behind its checkpoint. On as many ranks as before that is the same
+        again: a step not beyond the last one on record is dropped, so that each record is there once. On another
+        number of ranks it is something else, so nothing is dropped. Records of kind "step" then stand further on
+        by so many steps ("moved") that the first one comes behind the last one on record: their axis is that of
+        the work that was done, also of what was left behind. Those of kind "epoch" keep the epoch's number: where
+        there are two of an epoch, the run went on from the later one.
+        Raises `ValueError` if a value has a name of `HEAD`.
         """
-        if step <= self._last_steps.get(kind, -1):
-            return
-        head = {"time": round(time.time(), 3), "kind": kind, "epoch": epoch, "step": step}
-        if clash := head.keys() & values.keys():
+        if clash := set(HEAD) & values.keys():
             raise ValueError(f"names that every record has already: {sorted(clash)}")
+        last = self._last.get(kind, {"step": -1})
+        moved, again = last.get("moved", 0), last.get("world_size", self._world_size) == self._world_size
+        if not again and kind == "step":
+            moved = max(moved, last["step"] + 1 - step)
+        if again and step + moved <= last["step"]:
+            return
+        head = {"time": round(time.time(), 3), "kind": kind, "epoch": epoch, "step": step + moved}
+        head |= {"world_size": self._world_size} | ({"moved": moved} if moved else {})
         self._lines.append({**head, **values})
-        self._last_steps[kind] = step
+        self._last[kind] = head
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Let MLflow have a copy of a file of the run, in a folder of its own. Sent as it is at that time."""

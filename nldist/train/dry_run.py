@@ -9,7 +9,7 @@ from nldist.config import Config, EngineSection
 from nldist.data.plan import sweep
 from nldist.data.stream import Batch
 from nldist.dist.deepspeed_settings import read_own_settings
-from nldist.dist.engine import num_moments
+from nldist.dist.optimizer import num_moments
 from nldist.dist.world import World
 from nldist.models import Network
 from nldist.passes.context import Context

@@ -8,6 +8,7 @@ import torch
 from nldist.data.stream import Stream
 from nldist.dist.checkpoint import Position
 from nldist.dist.stop import Stop
+from nldist.dist.stop_check import StopCheck
 from nldist.errors import UserError
 from nldist.passes.base import Pass
 from nldist.passes.method import Method, Phase, Verdicts
@@ -17,7 +18,7 @@ from nldist.train.meter import Meter, Watch
 from nldist.train.progress import Progress
 from nldist.train.reporter import Reporter
 
-_STEPS_BETWEEN_STOP_CHECKS = 8
+_STOP_CHECK_SECONDS = 1.0
 
 
 class Trainer:
@@ -33,7 +34,8 @@ class Trainer:
         self.method, self.progress, self.reporter = method, progress, reporter
         self.context, self.config, self.world = method.context, method.context.config, method.context.world
         self._stream: Stream | None = None  # of the present pass
-        self._steps_since_save, self._steps_since_check = 0, 0
+        self._steps_since_save = 0
+        self._stop_check: StopCheck  # of the present pass
         self._stop = Stop.NONE
 
     def fit(self) -> Stop:
@@ -72,6 +74,7 @@ class Trainer:
         plan, start = task.plan(), progress.position.step
         task.start(plan.num_steps, start)
         stream = self._stream = self.context.stream(task.split, plan, start)
+        self._stop_check = StopCheck(self.world, _STOP_CHECK_SECONDS, start)
         watch = Watch(f"{title} {task.name}", plan.num_steps, start, self.config.track.every_seconds)
         for step, batches in enumerate(stream, start=start):
             if task.trains and not task.usable(batches):
@@ -96,12 +99,10 @@ class Trainer:
     def _continue_after(self, task: Pass, num_done: int) -> bool:
         """Save and stop where due, at edges that all ranks share; False to stop."""
         self._steps_since_save += 1
-        self._steps_since_check += 1
         resume_step = task.resume_step(num_done)
         if resume_step is None:
             return True
-        if self._steps_since_check >= _STEPS_BETWEEN_STOP_CHECKS:
-            self._steps_since_check, self._stop = 0, self.world.should_stop()
+        self._stop = self._stop_check.due(num_done)
         if self._stop or 0 < self.config.train.checkpoint_every_steps <= self._steps_since_save:
             position = self.progress.position
             self._save(Position(position.epoch, position.pass_index, resume_step))

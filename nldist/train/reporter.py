@@ -10,7 +10,7 @@ import numpy as np
 from nldist import __version__
 from nldist.data.stream import Stream
 from nldist.dist.checkpoint import Position
-from nldist.dist.engine import batch_factor
+from nldist.dist.optimizer import batch_factor
 from nldist.dist.stop import REQUEST
 from nldist.passes.base import Pass, Split
 from nldist.passes.method import Method, Verdicts

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from nldist.config import Config
-from nldist.dist.engine import DDPEngine, batch_factor, build_optimizer, learning_rate
+from nldist.dist.engine import DDPEngine
+from nldist.dist.optimizer import batch_factor, build_optimizer, learning_rate
 from nldist.dist.world import World
 from tests.networks import Plain
 from tests.ranks import run_ranks

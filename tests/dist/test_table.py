@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from nldist.dist.checksums import Files
 from nldist.dist.table import SampleTable
 from nldist.dist.world import World
 from tests.ranks import run_ranks
@@ -22,7 +23,7 @@ def filled(world: World) -> SampleTable:
 
 
 def save(world: World, directory: Path) -> None:
-    filled(world).save(directory)
+    filled(world).save(Files(directory), ".")
 
 
 def load_and_gather(world: World, directory: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -57,7 +58,7 @@ def test_reset_and_bytes_per_sample() -> None:
 
 
 def test_a_column_that_came_later_than_the_checkpoint_keeps_its_fill(tmp_path: Path) -> None:
-    filled(World.single()).save(tmp_path)
+    save(World.single(), tmp_path)
     table = filled(World.single())
     table.add("newer", torch.int16, fill=-1)
     table.load(tmp_path)

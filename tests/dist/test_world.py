@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from nldist.dist.stop import REQUEST, Stop
-from nldist.errors import REFUSAL_VARIABLE
+from nldist.dist.stop_check import StopCheck
 from nldist.dist.world import World
+from nldist.errors import REFUSAL_VARIABLE
 from tests.conftest import REPOSITORY
 from tests.ranks import free_port, run_ranks
 
@@ -40,11 +41,12 @@ def test_reductions_and_broadcast() -> None:
 def stop_one(world: World, victim: int, numbers: list[int]) -> list[Stop]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}
     REQUEST.listen()
-    answers = [world.should_stop()]
-    for number in numbers:
+    check = StopCheck(world, 0.0)
+    answers = [check.due(1)]
+    for num_done, number in enumerate(numbers, start=2):
         if world.rank == victim:
             os.kill(os.getpid(), number)
-        answers.append(world.should_stop())
+        answers.append(check.due(num_done))
     for number, handler in handlers.items():
         signal.signal(number, handler)
     REQUEST.kind, REQUEST.since = Stop.NONE, None
@@ -73,7 +75,12 @@ with World.start(num_threads=1, timeout_seconds=60, device="cpu") as world:
 def fail(kind: str, victim: int, tmp_path: Path) -> tuple[list[int], list[str]]:
     """Three ranks, of which one (or all) fails; exit codes and what each wrote to stderr."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    shared = os.environ | {REFUSAL_VARIABLE: str(tmp_path / "refused"), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
+    shared = os.environ | {
+        REFUSAL_VARIABLE: str(tmp_path / "refused"),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "3",
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, str(tmp_path / "script.py"), kind, str(victim)],

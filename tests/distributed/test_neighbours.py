@@ -8,7 +8,7 @@ import pytest
 from nldist.data.index import owned
 from nldist.dist.world import World
 from nldist.errors import UserError
-from nldist.estimate.graph import GraphFile, knn_graph, neighbours_of, normalise, open_graph, purity
+from nldist.estimate.graph import GraphFile, neighbours_of, normalise, open_graph, purity
 from nldist.estimate.neighbours import ShardedIndex
 from tests.estimate.test_neighbours import brute_force, clustered, exact_vectors, near_ties, recall
 from tests.ranks import run_ranks
@@ -73,7 +73,7 @@ def graph_of(world: World, features: np.ndarray, k: int) -> tuple[np.ndarray, np
     own = part(world, features, VECTOR_BOUNDS)
     index = ShardedIndex.build(normalise(own), world)
     steps = [index.owned[start : start + 60] for start in range(0, NUM_VECTORS, 60)]
-    return knn_graph(own, k, world), np.concatenate([neighbours_of(index, ids, k) for ids in steps])
+    return neighbours_of(index, index.owned, k), np.concatenate([neighbours_of(index, ids, k) for ids in steps])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -88,56 +88,19 @@ def test_the_graph_is_the_same_for_any_number_of_ranks(world_size: int) -> None:
         np.testing.assert_array_equal(np.concatenate(column), expected)
 
 
-def approximate(world: World, vectors: np.ndarray, factory: str, directory: Path) -> np.ndarray:
+def approximate(world: World, vectors: np.ndarray, factory: str) -> np.ndarray:
     own = owned(len(vectors), world.rank, world.size)
     index = ShardedIndex.build(vectors[own.start : own.stop], world, factory=factory, num_probe=1)
-    index.save(directory)
     return neighbours_of(index, own[:50], 10)
 
 
-def test_one_trained_index_for_all_ranks_whatever_their_number(tmp_path: Path) -> None:
+def test_one_trained_index_for_all_ranks_whatever_their_number() -> None:
     vectors = clustered(1600, 16)
-    trained, lists = set(), []
-    for size in (1, 2, 3, 4):
-        ranks = run_ranks(approximate, size, vectors, "IVF16,Flat", tmp_path / str(size))
-        trained.add((tmp_path / str(size) / "trained.faiss").read_bytes())
-        lists.append(ranks[0])
-    assert len(trained) == 1
+    lists = [run_ranks(approximate, size, vectors, "IVF16,Flat")[0] for size in (1, 2, 3, 4)]
     for other in lists[1:]:
         np.testing.assert_array_equal(other, lists[0])
     exact = ShardedIndex.build(vectors, World.single())
     assert recall(lists[0], neighbours_of(exact, range(50), 10)) > 0.7
-
-
-def save(world: World, vectors: np.ndarray, factory: str, directory: Path) -> None:
-    ShardedIndex.build(part(world, vectors, VECTOR_BOUNDS), world, factory=factory).save(directory)
-
-
-def load(world: World, queries: np.ndarray, directory: Path) -> tuple[range, np.ndarray] | str:
-    try:
-        index = ShardedIndex.load(directory, world)
-    except UserError as error:
-        return str(error)
-    return index.owned, index.search(queries, 7)[1]
-
-
-@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat"])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_an_index_is_loaded_at_another_world_size(tmp_path: Path, factory: str, world_size: int) -> None:
-    vectors = DATA["random"]
-    run_ranks(save, 3, vectors, factory, tmp_path / "index")
-    expected = ShardedIndex.build(vectors, World.single(), factory=factory).search(vectors[:5], 7)[1]
-    for rank, (rows, ids) in enumerate(run_ranks(load, world_size, vectors[:5], tmp_path / "index")):
-        assert rows == owned(NUM_VECTORS, rank, world_size)
-        np.testing.assert_array_equal(ids, expected)
-
-
-def test_a_missing_slice_fails_every_rank(tmp_path: Path) -> None:
-    run_ranks(save, 3, DATA["random"], "Flat", tmp_path)
-    (tmp_path / "vectors.000000000000-000000000190.npy").unlink()
-    first, *rest = run_ranks(load, 2, DATA["random"][:5], tmp_path)
-    assert "not a whole index (vectors 0 to 189 are missing)" in first
-    assert rest == [first]
 
 
 def refusal(world: World, vectors: np.ndarray, factory: str) -> str:

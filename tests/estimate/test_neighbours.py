@@ -9,7 +9,7 @@ import torch
 
 from nldist.dist.world import World
 from nldist.errors import UserError
-from nldist.estimate.graph import GraphFile, knn_graph, neighbours_of, normalise, open_graph, purity
+from nldist.estimate.graph import GraphFile, neighbours_of, normalise, open_graph, purity
 from nldist.estimate.neighbours import ShardedIndex
 from nldist.estimate.shard import dots
 from tests.ranks import CONTEXT
@@ -157,35 +157,6 @@ def test_vectors_and_queries_must_be_finite(value: float) -> None:
         ShardedIndex.build(vectors, WORLD).search(broken[:8], 3)
 
 
-def test_saving_again_replaces_the_index(tmp_path: Path) -> None:
-    ShardedIndex.build(exact_vectors(40, 6), WORLD, factory="IVF4,Flat", num_probe=2).save(tmp_path / "index")
-    vectors = exact_vectors(30, 6, seed=1)
-    ShardedIndex.build(vectors, WORLD).save(tmp_path / "index")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == [
-        "index",
-        "manifest.json",
-        "vectors.000000000000-000000000030.npy",
-    ]
-    np.testing.assert_array_equal(ShardedIndex.load(tmp_path / "index", WORLD).vectors(range(3, 30)), vectors[3:])
-
-
-@pytest.mark.parametrize("damage", ["no manifest", "version", "trained", "slice"])
-def test_a_damaged_index_is_refused(tmp_path: Path, damage: str) -> None:
-    index = tmp_path / "index"
-    ShardedIndex.build(exact_vectors(100, 6), WORLD, factory="IVF4,Flat").save(index)
-    manifest = index / "manifest.json"
-    if damage == "no manifest":
-        manifest.unlink()
-    elif damage == "version":
-        manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 7'))
-    elif damage == "trained":
-        (index / "trained.faiss").write_bytes((index / "trained.faiss").read_bytes()[:50])
-    else:
-        next(index.glob("vectors.*")).write_bytes(b"")
-    with pytest.raises(UserError, match="index"):
-        ShardedIndex.load(index, WORLD)
-
-
 def test_normalise() -> None:
     features = np.array([[3, 4], [0, 0], [1e-30, 0], [-1e30, 1e30]], np.float32)
     half = np.sqrt(0.5)
@@ -194,23 +165,28 @@ def test_normalise() -> None:
     assert np.isnan(normalise(np.array([[np.inf, 1]], np.float32))).any()
 
 
+def graph_of(features: np.ndarray, k: int) -> np.ndarray:
+    index = ShardedIndex.build(normalise(features), WORLD)
+    return neighbours_of(index, index.owned, k)
+
+
 def test_the_graph_leaves_out_the_sample_and_not_its_duplicates() -> None:
     features = exact_vectors(12, 4)
     features[[2, 5, 6]] = 3 * features[9]
-    graph = knn_graph(features, 4, WORLD)
+    graph = graph_of(features, 4)
     assert graph.dtype == np.int32
     np.testing.assert_array_equal(graph[[2, 5, 6, 9], :3], [[5, 6, 9], [2, 6, 9], [2, 5, 9], [2, 5, 6]])
     assert not (graph == np.arange(12)[:, None]).any()
 
 
 def test_the_graph_of_equal_samples() -> None:
-    np.testing.assert_array_equal(knn_graph(np.ones((5, 3)), 2, WORLD), [[1, 2], [0, 2], [0, 1], [0, 1], [0, 1]])
-    np.testing.assert_array_equal(knn_graph(np.zeros((3, 3)), 2, WORLD), [[1, 2], [0, 2], [0, 1]])
+    np.testing.assert_array_equal(graph_of(np.ones((5, 3)), 2), [[1, 2], [0, 2], [0, 1], [0, 1], [0, 1]])
+    np.testing.assert_array_equal(graph_of(np.zeros((3, 3)), 2), [[1, 2], [0, 2], [0, 1]])
 
 
 def test_too_few_samples_for_k_neighbours() -> None:
     with pytest.raises(UserError, match="5 samples do not have 5 neighbours each; lower k to 4 at most"):
-        knn_graph(exact_vectors(5, 3), 5, WORLD)
+        graph_of(exact_vectors(5, 3), 5)
     index = ShardedIndex.build(clustered(400, 8), WORLD, factory="IVF40,Flat", num_probe=1)
     with pytest.raises(UserError, match="found fewer than 300 neighbours of 400 samples, the first of them 0"):
         neighbours_of(index, index.owned, 300)

@@ -6,11 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from nldist.errors import UserError
@@ -18,10 +16,10 @@ from nldist.track import tracker as track
 from nldist.track.jsonl import read_lines
 from nldist.track.sender import Sender
 from nldist.track.store import resolve_uri, valid_name
-from nldist.track.tracker import NullTracker, Tracker, flatten, sync
+from nldist.track.tracker import Tracker, flatten, sync
 from tests.mlflow_server import Server, client, points_in_lines, points_in_mlflow, records, wait_for
 
-PARAMS = {"method": {"name": "dividemix", "lambda_u": 25.0, "views": [{"crop": 32}]}, "seed": None}
+PARAMS = {"method": {"name": "dividemix", "lambda_u": 25.0, "views": [{"crop": 32}]}, "seed": None, "world_size": 2}
 
 
 def make_tracker(run_dir: Path, uri: str | None, **options: Any) -> Tracker:
@@ -34,88 +32,6 @@ def gone(pid: int) -> bool:
         return stat.read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
         return True
-
-
-# The record: JSON lines
-
-
-def test_lines_hold_every_value_in_strict_json(tmp_path: Path) -> None:
-    tracker = make_tracker(tmp_path, None)
-    tracker.log({"loss": np.float32(0.5), "note": "a", "auc": None, "n": 3}, epoch=1, step=7)
-    tracker.log({"a": math.nan, "b": math.inf, "c": -math.inf}, epoch=1, step=8)
-    tracker.end("FINISHED")
-    tracker.end("FINISHED")
-    first, second = records(tmp_path)
-    assert abs(first.pop("time") - time.time()) < 600
-    assert first == {"kind": "step", "epoch": 1, "step": 7, "loss": 0.5, "note": "a", "auc": None, "n": 3}
-    assert (second["a"], second["b"], second["c"]) == ("NaN", "Infinity", "-Infinity")
-    assert os.listdir(tmp_path) == ["metrics.jsonl"]
-    assert tracker.mlflow_run_id is None
-    assert tracker.open_command is None
-
-
-def test_a_resumed_run_writes_no_record_twice(tmp_path: Path) -> None:
-    def steps(tracker: Tracker, first: int, last: int) -> None:
-        for step in range(first, last):
-            tracker.log({"loss": float(step)}, epoch=step // 4, step=step)
-            if step % 4 == 3:
-                tracker.log({"accuracy": step / 10}, epoch=step // 4, step=step, kind="epoch")
-
-    whole, resumed = make_tracker(tmp_path / "whole", None), make_tracker(tmp_path / "resumed", None)
-    steps(whole, 0, 12)
-    steps(resumed, 0, 8)
-    with (tmp_path / "resumed/metrics.jsonl").open("r+b") as file:
-        file.truncate(file.seek(0, 2) - 5)  # killed inside the last write: the epoch's record at step 7
-    steps(make_tracker(tmp_path / "resumed", None), 4, 12)
-
-    def content(name: str) -> list[dict[str, Any]]:
-        return [{k: v for k, v in record.items() if k != "time"} for record in records(tmp_path / name)]
-
-    assert content("resumed") == content("whole")
-    assert len(content("whole")) == 15
-
-
-@pytest.mark.parametrize("torn", [b"", b'{"a": 1', b"x" * 200_000])
-def test_a_torn_last_line_is_cut_off(tmp_path: Path, torn: bytes) -> None:
-    path = tmp_path / "metrics.jsonl"
-    whole = b'{"time": 1.0, "kind": "step", "epoch": 0, "step": 0, "x": 1}\n'
-    for start in (whole, b""):
-        path.write_bytes(start + torn)
-        make_tracker(tmp_path, None).end("FINISHED")
-        assert path.read_bytes() == start
-
-
-def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_bytes(b"\0\0\0\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl: the line at byte 0"):
-        make_tracker(tmp_path, None)
-
-
-def test_values_cannot_take_the_names_of_the_head(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'epoch'"):
-        make_tracker(tmp_path, None).log({"epoch": 1.0}, epoch=0, step=0)
-
-
-def test_the_null_tracker_has_the_same_interface_and_does_nothing(tmp_path: Path) -> None:
-    tracker: Tracker = NullTracker()
-    tracker.log({"loss": 1.0}, epoch=0, step=0)
-    tracker.artifact(tmp_path / "none")
-    tracker.set_tags({"a": 1})
-    tracker.end("FAILED", timeout_seconds=1)
-    assert (tracker.mlflow_run_id, tracker.open_command) == (None, None)
-    public = {name for name in vars(Tracker) if not name.startswith("_")}
-    assert public - {"open_command"} <= vars(NullTracker).keys()
-
-
-def test_flatten_gives_dotted_names() -> None:
-    assert dict(flatten({**PARAMS, "empty": {}, "flag": True})) == {
-        "method.name": "dividemix",
-        "method.lambda_u": "25.0",
-        "method.views": '[{"crop": 32}]',
-        "seed": "null",
-        "empty": "{}",
-        "flag": "true",
-    }
 
 
 @pytest.mark.parametrize(
@@ -146,7 +62,7 @@ def test_a_relative_sqlite_file_is_made_absolute(tmp_path: Path, monkeypatch: py
     assert resolve_uri("sqlite:///a/mlflow.db") == f"sqlite:///{tmp_path}/a/mlflow.db"
 
 
-# MLflow with a SQLite store
+# With a SQLite store
 
 
 def test_mlflow_gets_all_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +112,7 @@ import os, sys, signal, time
 from pathlib import Path
 from nldist.track.tracker import Tracker
 run_dir, uri = Path(sys.argv[1]), sys.argv[2]
-tracker = Tracker(run_dir, uri=uri, experiment="tests", run_name="k", params={"epochs": 2, "seed": 1})
+tracker = Tracker(run_dir, uri=uri, experiment="tests", run_name="k", params={"epochs": 2, "world_size": 1})
 print(tracker._sender.pid, flush=True)
 step = 0
 while True:
@@ -216,7 +132,9 @@ def test_a_killed_run_goes_on_with_its_mlflow_run(tmp_path: Path) -> None:
     run_id = json.loads((run_dir / ".mlflow.json").read_text())["run_id"]
     last = records(run_dir)[-1]["step"]
 
-    tracker = Tracker(run_dir, uri=uri, experiment="tests", run_name="k", params={"epochs": 3, "seed": 1, "new": "x"})
+    tracker = Tracker(
+        run_dir, uri=uri, experiment="tests", run_name="k", params={"epochs": 3, "world_size": 1, "new": "x"}
+    )
     for step in range(last - 20, last + 30):
         tracker.log({"loss": step * 0.5}, epoch=1, step=step)
     tracker.end("FAILED")
@@ -225,7 +143,7 @@ def test_a_killed_run_goes_on_with_its_mlflow_run(tmp_path: Path) -> None:
     store = client(uri)
     (run,) = store.search_runs([store.get_experiment_by_name("tests").experiment_id])
     assert (run.info.run_id, run.info.status) == (run_id, "FAILED")
-    assert run.data.params == {"epochs": "2", "seed": "1", "new": "x"}
+    assert run.data.params == {"epochs": "2", "world_size": "1", "new": "x"}
     assert run.data.tags["changed.epochs"] == "3"
     assert points_in_mlflow(uri, run_id) == points_in_lines(run_dir)
 
@@ -245,7 +163,7 @@ def test_jobs_that_start_together_share_a_new_store(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "new") == ["mlflow.db"]
 
 
-# MLflow with a server
+# With a server
 
 
 def test_a_server_that_is_away_neither_stops_nor_slows_a_run(

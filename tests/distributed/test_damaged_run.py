@@ -1,0 +1,42 @@
+"""Whole runs that find their newest checkpoint damaged."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.dist.test_damage import cut, flip, lose
+from tests.jobs import output, run_job
+
+
+@pytest.mark.parametrize(
+    ("file", "harm", "told"),
+    [
+        ("rank-00001.pt", cut, "rank 1: rank-00001.pt: "),
+        ("rank-00001.pt", lose, "rank 1: rank-00001.pt: No such file or directory"),
+        ("shared.pt", flip, "rank 0: shared.pt: another checksum"),
+        pytest.param(
+            *("shared.pt", cut, "rank 0: shared.pt: "),
+            marks=pytest.mark.xfail(strict=True, reason="RunDirectory._check_network reads the newest one before"),
+        ),
+    ],
+)
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(
+    file: str, harm: Callable[[Path], None], told: str, digits: Path, tmp_path: Path
+) -> None:
+    settings = [f"data.root={digits}", "method.name=cross_entropy", "train.epochs=2", "train.checkpoint_every_steps=3"]
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    assert run_job(whole, *settings, world_size=2) == [0, 0]
+    assert run_job(run_dir, *settings, world_size=2, kill=(0, 11))[0] == -9
+    older, newest = sorted(run_dir.glob("checkpoints/e*"))
+    harm(newest / file)
+    assert run_job(run_dir, *settings, world_size=2) == [0, 0]
+    kept = run_dir / "checkpoints" / "damaged" / newest.name
+    assert kept.is_dir()
+    log = output(run_dir)
+    assert f"checkpoint {newest.name} is damaged ({told}" in log
+    assert f": left, and kept in {kept}" in log
+    assert f"resumed from {older.name}" in log
+    ends = [torch.load(path / "weights" / "last.pt", weights_only=True)["networks"][0] for path in (whole, run_dir)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
