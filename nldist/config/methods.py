@@ -72,3 +72,6 @@ class MethodSection(Section):
     dividemix: DivideMixMethod = DivideMixMethod()
     scanmix: ScanMixMethod = ScanMixMethod()
     mixture: MixtureSection = MixtureSection()
+    soft_dtype: Literal["float32", "float16"] = Field(
+        "float32", description="of the soft labels that some methods keep of every sample; float16 halves them"
+    )

@@ -1,6 +1,6 @@
 """Records of the losses by step.
 
-    python -m tests.golden renew              # write tests/golden/*.json anew, on purpose
+    python -m tests.golden renew [RUN ...]    # write tests/golden/*.json anew, on purpose
     python -m tests.golden record FOLDER      # the exact values of this commit
     python -m tests.golden compare ONE OTHER  # two such folders, bit for bit: the first step that differs
 
@@ -25,7 +25,7 @@ def main() -> int:
     """Run one command; 1 where two records differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("renew")
+    commands.add_parser("renew").add_argument("names", nargs="*", metavar="RUN", choices=[*RUNS, []])
     commands.add_parser("record").add_argument("folder", type=Path)
     compare = commands.add_parser("compare")
     compare.add_argument("one", type=Path)
@@ -37,7 +37,7 @@ def main() -> int:
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         data = make_digits(Path(work) / "data")
-        for name in RUNS:
+        for name in getattr(options, "names", None) or RUNS:
             for size in SIZES:
                 losses = run(name, size, data, Path(work))
                 file = target / f"{name}-{size}.json"
