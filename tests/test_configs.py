@@ -445,12 +445,12 @@ def test_a_run_directory_of_the_release_before_goes_on(old_run: RunDirectory) ->
     assert "view" not in saved["mine"], "a setting that came later"
     for overrides in ([], ["pretext.knn_every=9", "track.enabled=false", "data.num_workers=3"]):
         old_run.claim(load_config(REPOSITORY / "tests" / "digits.yaml", [*settings, *overrides]))
-        old_run.release()
+        old_run.close()
     saved["engine"] |= {"name": "deepspeed", "zero_stage": 3}  # there is none any more, and it decides nothing
     del saved["optim"]["gamma"], saved["data"]["window"]
     (old_run.path / "config.yaml").write_text(yaml.safe_dump(saved))
     old_run.claim(now)
-    old_run.release()
+    old_run.close()
 
 
 def test_what_the_user_changed_is_named_and_nothing_else(old_run: RunDirectory) -> None:
@@ -461,7 +461,7 @@ def test_what_the_user_changed_is_named_and_nothing_else(old_run: RunDirectory) 
         f"{old_run.path} holds a run with other settings: mine.view (None -> []), optim.lr (0.02 -> 0.03); "
         "set another run.dir or delete the old run"
     )
-    old_run.release()
+    old_run.close()
 
 
 def test_a_section_s_view_is_one_of_views_or_spelt_out() -> None:

@@ -217,7 +217,7 @@ def test_a_stage_that_another_job_runs_is_left_to_it(digits: Path, tmp_path: Pat
     assert job(digits, run_dir) == [2]
     text = output(run_dir)
     assert "is in use by a running job; another job is running stage pretext there; start this one again" in text
-    other.release()
+    other.close()
 
 
 def test_a_stage_that_ended_before_its_claim_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,11 @@ class Config(Section):
         for name, section in sections.items():
             if section is not None and isinstance(section.view, str):
                 self._check_view(f"{name}.view", section.view)
+        sanm = self.method.sanm
+        if self.method.ssl == "sanm":
+            needed = ("guess_view", "pair_view", "strong_view")
+            for name in needed if self.method.dividemix.form == "cifar" else needed[:1]:
+                self._check_view(f"method.sanm.{name}", getattr(sanm, name))
         return self
 
     def _check_view(self, setting: str, name: str) -> None:
@@ -90,6 +95,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
         divide = self.method.dividemix
+        if self.method.ssl != "mixmatch" and self.method.name not in ("dividemix", "scanmix"):
+            raise ValueError(f"method.ssl={self.method.ssl} is for dividemix and scanmix, not {self.method.name}")
         if self.method.name == "scanmix":
             self._check_scanmix()
         if self.method.name in ("dividemix", "scanmix") and divide.warmup_epochs > self.train.epochs:

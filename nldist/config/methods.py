@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from nldist.config.section import Section
+from nldist.config.section import Name, Section
 
 
 class MixtureSection(Section):
@@ -64,10 +64,28 @@ class ScanMixMethod(Section):
     cluster_view: ViewName = Field("by_noise", description="by_noise: strong where the estimated noise is high")
 
 
+class SANMSection(Section):
+    """Settings of method.ssl=sanm (docs/sanm.md); shares are of an image's area."""
+
+    ratio_low: float = Field(0.02, ge=0, le=1, description="s_l: least masking ratio of a sample whose label is right")
+    ratio_high: float = Field(0.07, ge=0, le=1, description="s_h: greatest one")
+    noise_ratio: float = Field(0.03, ge=0, le=1, description="gamma: what it grows by with the probability of noise")
+    area: float = Field(0.5, gt=0, le=1, description="of the ratio, that each of the two masks covers")
+    separate_draws: bool = Field(False, description="draw aspect and filling for each of the two masks (Clothing1M)")
+    lambda_rec: float = Field(0.02, ge=0, description="weight of the reconstruction")
+    guess_view: Name = Field("train", description="view that targets are guessed from and that is masked")
+    pair_view: Name = Field("train", description="view of two more rows of each image (dividemix.form=cifar)")
+    strong_view: Name = Field("strong", description="view of two more rows of each image (dividemix.form=cifar)")
+
+
 class MethodSection(Section):
     """Which method, and the settings of each."""
 
     name: Literal["cross_entropy", "mixup", "dividemix", "scanmix"] = "dividemix"
+    ssl: Literal["mixmatch", "sanm"] = Field(
+        "mixmatch", description="what dividemix and scanmix do in their semi-supervised epochs"
+    )
+    sanm: SANMSection = SANMSection()
     mixup: MixupMethod = MixupMethod()
     dividemix: DivideMixMethod = DivideMixMethod()
     scanmix: ScanMixMethod = ScanMixMethod()

@@ -41,6 +41,15 @@ class RunDirectory:
             self._lock = (self.path / LOCK_FILE).open("w")
         except OSError as error:
             raise UserError(f"run directory {self.path} cannot be written: {error.strerror}") from None
+        try:
+            self._wait(advice, patience_seconds)
+            if config is not None:
+                self._check_same(config)
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait(self, advice: str, patience_seconds: float) -> None:
         until = time.monotonic() + patience_seconds
         while not self._locked():
             if time.monotonic() > until:
@@ -49,8 +58,6 @@ class RunDirectory:
                     raise TimeoutError(f"{problem}, after {patience_seconds:.0f} s still")
                 raise UserError(f"{problem}; {advice}")
             time.sleep(0.5)
-        if config is not None:
-            self._check_same(config)
 
     def _locked(self) -> bool:
         assert self._lock is not None
@@ -63,11 +70,11 @@ class RunDirectory:
             raise UserError(f"{self.path} cannot be locked ({error.strerror}): its file system needs locks") from None
         return True
 
-    def release(self) -> None:
-        """Leave the directory to other jobs."""
-        assert self._lock is not None
-        self._lock.close()
-        self._lock = None
+    def close(self) -> None:
+        """Leave the directory to other jobs, if it was claimed."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def write_config(self, config: Config) -> None:
         """Write config.yaml, once all of it has proved usable."""
