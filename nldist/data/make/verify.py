@@ -236,11 +236,14 @@ def _members_problems(job: ShardJob, tar: TarReader, rows: dict[int, list[dict[s
             names = {split_name(member.name), split_name(member.name, by_last_dot=True)}
             keys = [key for key, _ in names]
             links.update(keys if member.target is not None else ())
+            data = member.read() if member.offset in rows and member.stream is not None else b""
             for row in rows.pop(member.offset, ()):
                 named = [key for key in keys if _is_key(row["key"], key)]
                 unlabelled |= dict.fromkeys(named, row)
                 misnamed += [] if named else [(row, member.key)]
-                problems += [Problem(job.place, row["id"], what) for what in _image_problems(member, row, job.is_ours)]
+                problems += [
+                    Problem(job.place, row["id"], what) for what in _image_problems(member, data, row, job.is_ours)
+                ]
             for key, extension in names:
                 if extension == "cls" and key in unlabelled and member.stream is not None:
                     row, text = unlabelled.pop(key), member.read()
@@ -268,14 +271,13 @@ def _is_label(text: bytes, label: int, job: ShardJob, by_name: Callable[[str], i
     return job.classes is None or could_be(text.decode("utf-8-sig", "replace").strip(), label, by_name)
 
 
-def _image_problems(member: Member, row: dict[str, Any], is_ours: bool) -> Iterator[str]:
+def _image_problems(member: Member, data: bytes, row: dict[str, Any], is_ours: bool) -> Iterator[str]:
     record = Record(**{name: row[name] for name in Record._fields})
     if member.stream is None or (is_ours and member.extension not in IMAGE_EXTENSIONS):
         yield f"its offset is that of {member.name}, which is no image"
         return
     if member.size != record.size:
         yield f"the index has size {record.size}, the tar {member.size}"
-    data = member.read()
     if zlib.crc32(data) != record.crc32:
         yield "the image's bytes have changed (CRC-32)"
     try:
