@@ -16,6 +16,7 @@ PNG_END = b"IEND\xaeB`\x82"
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG's start-of-frame markers
 HUFFMAN = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive: all but a few of the JPEGs that there are
 ARITHMETIC = {0xC9, 0xCA}
+LOSSLESS = {0xC3, 0xCB}
 
 
 class BadImageError(Exception):
@@ -96,9 +97,12 @@ def _decode(raw: bytes, limits: Limits) -> tuple[Image.Image, Image.Image]:
             raise BadImageError(f"{size} are more than the limit of {limits.max_pixels:,}")
         if image.format == "PNG":
             _check_png(raw)
-        if _frame(raw) in ARITHMETIC:  # Pillow reads no large ones
+        try:
+            image.load()
+        except OSError:
+            if _frame(raw) not in ARITHMETIC:  # of which Pillow reads only those that are small
+                raise
             return image, Image.fromarray(_as_trained(raw))
-        image.load()
         upright = ImageOps.exif_transpose(image) if _orientation(image) in range(2, 9) else image
     return image, upright
 
@@ -198,7 +202,7 @@ def _is_lossy(image: Image.Image, raw: bytes) -> bool:
         return b"VP8 " in raw  # the chunk of WebP's lossy codec
     if image.format == "TIFF":
         return image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")
-    return image.format in ("JPEG", "MPO")
+    return image.format in ("JPEG", "MPO") and _frame(raw) not in LOSSLESS
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

@@ -202,15 +202,13 @@ def _label_set_problems(place: str, path: Path, num_samples: int, num_classes: i
 
 def _shard_problems(job: ShardJob) -> tuple[int, list[Problem]]:
     """Read one shard from end to end; the number of its samples, and its problems."""
-    rows: dict[int, list[dict[str, Any]]] = defaultdict(list)  # by offset: several share one where links lead to it
-    for row in job.rows.to_pylist():
-        rows[row["offset"]].append(row)
+    check = _ShardCheck(job)
     problems = []
-    if job.is_ours and len(rows) < job.rows.num_rows:
+    if job.is_ours and len(check.rows) < job.rows.num_rows:
         problems.append(Problem(job.place, None, "the index has an offset twice"))
     try:
         with TarReader(job.path) as tar:
-            problems += _members_problems(job, tar, rows)
+            problems += check.problems(tar)
             if tar.num_bytes != job.num_bytes:
                 what = f"has {tar.num_bytes:,} bytes, dataset.json states {job.num_bytes:,}"
                 problems.append(Problem(job.place, None, what))
@@ -219,50 +217,61 @@ def _shard_problems(job: ShardJob) -> tuple[int, list[Problem]]:
     except OSError as error:
         problems.append(Problem(job.place, None, f"cannot be opened: {error.strerror or error}"))
         return job.rows.num_rows, problems
-    left = (row for group in rows.values() for row in group)
+    left = (row for group in check.rows.values() for row in group)
     problems += [Problem(job.place, row["id"], "no member begins at its offset") for row in left]
     return job.rows.num_rows, problems
 
 
-def _members_problems(job: ShardJob, tar: TarReader, rows: dict[int, list[dict[str, Any]]]) -> list[Problem]:
-    """Check the members that the index points at, removing from `rows` those that were found."""
-    problems: list[Problem] = []
-    unlabelled: dict[str, dict[str, Any]] = {}  # rows by their keys in the tar, until the .cls comes by
-    misnamed: list[tuple[dict[str, Any], str]] = []
-    links: set[str] = set()
-    by_name = names_of(job.classes or ())
-    try:
-        for member in tar:
-            names = {split_name(member.name), split_name(member.name, by_last_dot=True)}
-            keys = [key for key, _ in names]
-            links.update(keys if member.target is not None else ())
-            data = member.read() if member.offset in rows and member.stream is not None else b""
-            for row in rows.pop(member.offset, ()):
-                named = [key for key in keys if _is_key(row["key"], key)]
-                unlabelled |= dict.fromkeys(named, row)
-                misnamed += [] if named else [(row, member.key)]
-                problems += [
-                    Problem(job.place, row["id"], what) for what in _image_problems(member, data, row, job.is_ours)
-                ]
-            for key, extension in names:
-                if extension == "cls" and key in unlabelled and member.stream is not None:
-                    row, text = unlabelled.pop(key), member.read()
-                    if not _is_label(text, row["label"], job, by_name):
-                        what = f"the index has label {row['label']}, the tar {text[:20]!r}"
-                        problems.append(Problem(job.place, row["id"], what))
-    except DamagedTarError as error:
-        problems.append(Problem(job.place, None, str(error)))
-    if job.is_ours:
-        problems += [Problem(job.place, row["id"], "has no label (.cls) in the tar") for row in unlabelled.values()]
-    for row, key in misnamed:
-        if not any(_is_key(row["key"], link) for link in links):
-            problems.append(Problem(job.place, row["id"], f"the index has key {row['key']}, the tar {key}"))
-    return problems
+class _ShardCheck:
+    """The members of a shard against its rows of the index, of which `rows` (by offset) keeps those without one."""
 
+    def __init__(self, job: ShardJob) -> None:
+        self._job = job
+        self.rows: dict[int, list[dict[str, Any]]] = defaultdict(list)  # links make several of one offset
+        for row in job.rows.to_pylist():
+            self.rows[row["offset"]].append(row)
+        self._unlabelled: dict[str, dict[str, Any]] = {}  # rows by their keys in the tar, until the .cls comes by
+        self._misnamed: list[tuple[dict[str, Any], str]] = []
+        self._links: set[str] = set()
+        self._by_name = names_of(job.classes or ())
 
-def _is_key(of_index: str, of_tar: str) -> bool:
-    """Whether the index has this key, perhaps behind the name of the tar."""
-    return of_index == of_tar or of_index.endswith("/" + of_tar)
+    def problems(self, tar: TarReader) -> list[Problem]:
+        """Look at all members."""
+        found: list[tuple[dict[str, Any] | None, str]] = []
+        try:
+            for member in tar:
+                names = {split_name(member.name), split_name(member.name, by_last_dot=True)}
+                if member.stream is None:
+                    self._links.update(key for key, _ in names)
+                    continue
+                found += self._image(member, names)
+                found += self._label(member, names)
+        except DamagedTarError as error:
+            found.append((None, str(error)))
+        if self._job.is_ours:
+            found += [(row, "has no label (.cls) in the tar") for row in self._unlabelled.values()]
+        for row, key in self._misnamed:
+            if not {row["key"], row["key"].partition("/")[2]} & self._links:
+                found.append((row, f"the index has key {row['key']}, the tar {key}"))
+        return [Problem(self._job.place, None if row is None else row["id"], what) for row, what in found]
+
+    def _image(self, member: Member, names: set[tuple[str, str]]) -> Iterator[tuple[dict[str, Any], str]]:
+        if member.offset not in self.rows:
+            return
+        data = member.read()
+        for row in self.rows.pop(member.offset):
+            named = [key for key, _ in names if row["key"] == key or row["key"].endswith("/" + key)]
+            self._unlabelled |= dict.fromkeys(named, row)
+            if not named:
+                self._misnamed.append((row, member.key))
+            yield from ((row, what) for what in _image_problems(member, data, row, self._job.is_ours))
+
+    def _label(self, member: Member, names: set[tuple[str, str]]) -> Iterator[tuple[dict[str, Any], str]]:
+        for key, extension in names:
+            if extension == "cls" and key in self._unlabelled:
+                row, text = self._unlabelled.pop(key), member.read()
+                if not _is_label(text, row["label"], self._job, self._by_name):
+                    yield row, f"the index has label {row['label']}, the tar {text[:20]!r}"
 
 
 def _is_label(text: bytes, label: int, job: ShardJob, by_name: Callable[[str], int | None]) -> bool:
@@ -273,7 +282,7 @@ def _is_label(text: bytes, label: int, job: ShardJob, by_name: Callable[[str], i
 
 def _image_problems(member: Member, data: bytes, row: dict[str, Any], is_ours: bool) -> Iterator[str]:
     record = Record(**{name: row[name] for name in Record._fields})
-    if member.stream is None or (is_ours and member.extension not in IMAGE_EXTENSIONS):
+    if is_ours and member.extension not in IMAGE_EXTENSIONS:
         yield f"its offset is that of {member.name}, which is no image"
         return
     if member.size != record.size:
