@@ -51,7 +51,9 @@ def test_two_splits_at_once_are_both_in_the_data_set(tmp_path: Path) -> None:
             start(tmp_path / f"run-{split}", "csv", table, out, "--split", split)
             for split, table in zip(splits, tables, strict=True)
         ]
-        while len(list(out.glob("part*/.build/*.parquet"))) < 3:  # all are about to end
+        until = time.monotonic() + 60
+        while len(list(out.glob("part*/.build/*.parquet"))) < 3:  # then all are about to end
+            assert time.monotonic() < until
             time.sleep(0.01)
         release.touch()
         done = [command.wait(60) for command in commands]

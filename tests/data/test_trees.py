@@ -7,13 +7,11 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from PIL import Image
 
 from nldist.data.index import Index
 from nldist.data.make.sources.csv import read_table
-from nldist.errors import UserError
 from tests.data.command import (
     classes,
     label_names,
@@ -142,9 +140,10 @@ def test_classes_of_classes_are_read(tmp_path: Path) -> None:
 def test_class_names_of_another_unicode_form_are_the_same_classes(tmp_path: Path) -> None:
     """Train packed on Linux, test on macOS."""
     out = tmp_path / "out"
-    for split, form in (("train", "NFC"), ("test", "NFD")):
-        names = [f"{unicodedata.normalize(form, name)}/0.png" for name in ("café", "thé")]
-        shard_well("folder", tree(tmp_path / split, *names), out, split=split)
+    names = ["café/0.png", "thé/0.png"]
+    shard_well("folder", tree(tmp_path / "train", *(unicodedata.normalize("NFC", name) for name in names)), out)
+    test = tree(tmp_path / "test", *(unicodedata.normalize("NFD", name) for name in names))
+    shard_well("folder", test, out, split="test")
     assert classes(out) == ["café", "thé"]
     assert set(label_names(out, "test").values()) == {"café", "thé"}
 
@@ -224,7 +223,7 @@ def test_class_names_of_spreadsheets(tmp_path: Path, make: Callable[[str], bytes
     assert label_names(tmp_path / "out") == {"0": "cat", "1": "dog, big"}
 
 
-def test_tables_are_read_as_pandas_reads_them(tmp_path: Path) -> None:
+def test_tables_are_read_as_csv_reads_them(tmp_path: Path) -> None:
     rows = [
         ["path", "label"],
         ["a b.png", "x"],
@@ -235,11 +234,10 @@ def test_tables_are_read_as_pandas_reads_them(tmp_path: Path) -> None:
     ]
     (tmp_path / "list.csv").write_bytes(excel(rows))
     paths, labels = read_table(tmp_path / "list.csv", "path", "label")
-    theirs = pd.read_csv(tmp_path / "list.csv", dtype=str, keep_default_na=False)
-    assert [path.decode() for path in paths.to_pylist()] == theirs["path"].tolist()
-    assert labels.to_pylist() == theirs["label"].tolist()
-    with pytest.raises(UserError, match="target"):
-        read_table(tmp_path / "list.csv", "path", "target")
+    with (tmp_path / "list.csv").open(newline="") as file:
+        theirs = list(csv.DictReader(file))
+    assert [path.decode() for path in paths.to_pylist()] == [row["path"] for row in theirs]
+    assert labels.to_pylist() == [row["label"] for row in theirs]
 
 
 def test_paths_of_windows_and_of_another_unicode_form(tmp_path: Path) -> None:
