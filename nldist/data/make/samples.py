@@ -21,7 +21,8 @@ from nldist.data.make.tars import IMAGE_EXTENSIONS, DamagedTarError, Member, Tar
 
 Keys = Literal["webdataset", "filename"]
 
-_META = re.compile("__[^/]*__($|/)")  # WebDataset's own
+# WebDataset's own, and the directories of systems.
+_LEFT_BEHIND = re.compile("^__[^/]*__($|/)|(^|/)(" + "|".join(map(re.escape, SYSTEM_FOLDERS)) + ")/")
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,7 @@ def samples(tar: TarReader, rules: Rules) -> Iterator[Sample | BadSample]:
 
 def _is_passed_over(name: str) -> bool:
     """Whether a member is WebDataset's own, or of what macOS and others leave behind."""
-    folder, _, base = name.rpartition("/")
-    is_left_behind = is_clutter(base, False) or not SYSTEM_FOLDERS.isdisjoint(folder.split("/"))
-    return is_left_behind or _META.match(name) is not None
+    return _LEFT_BEHIND.search(name) is not None or is_clutter(name.rpartition("/")[2], False)
 
 
 def _without_key(name: str, extension: str, rules: Rules) -> Iterator[BadSample]:

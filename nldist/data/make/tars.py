@@ -12,6 +12,7 @@ from nldist.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 BUFFER = 2**20
+STEP = 2**16  # tarfile copies what is left of it at every read
 
 
 class DamagedTarError(Exception):
@@ -79,7 +80,7 @@ class TarReader:
         """
         end = 0
         try:
-            with tarfile.open(fileobj=cast(IO[bytes], self._file), mode="r|", bufsize=BUFFER) as tar:
+            with tarfile.open(fileobj=cast(IO[bytes], self._file), mode="r|", bufsize=STEP) as tar:
                 for info in tar:
                     if info.isreg():
                         stream = tar.extractfile(info)
