@@ -240,3 +240,11 @@ def test_the_order_of_samples_is_that_of_the_tar(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "t.tar", [member for number in order for member in sample(f"{number}", number)])
     shard_well("webdataset", tar, tmp_path / "out")
     assert pq.read_table(tmp_path / "out/train/index.parquet")["label"].to_pylist() == order
+
+
+def test_the_same_command_does_nothing_also_when_another_split_has_come(tmp_path: Path) -> None:
+    tar, out = write_tar(tmp_path / "t.tar", [*sample("x", 0), *sample("y", 1)]), tmp_path / "out"
+    for split in ("train", "test"):
+        shard_well("webdataset", tar, out, split=split)
+    for split in ("train", "test"):
+        assert "already complete" in shard_well("webdataset", tar, out, split=split)

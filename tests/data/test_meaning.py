@@ -151,7 +151,7 @@ def test_numbers_that_would_be_read_in_two_ways_are_refused(tmp_path: Path) -> N
 
 
 def test_a_data_set_that_has_numbers_in_the_order_of_text_keeps_it(tmp_path: Path) -> None:
-    """As versions before 0.3 ordered them."""
+    """As older versions ordered them."""
     (tmp_path / "names.txt").write_text("\n".join(sorted(FOLDERS)))
     raw, out = folder_of(tmp_path / "raw", FOLDERS), tmp_path / "out"
     shard_well("folder", raw, out, "--classes", tmp_path / "names.txt")

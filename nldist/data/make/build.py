@@ -68,11 +68,15 @@ class Build:
         for stale in (*self.folder.glob("*.part"), *self._work.glob("*.part")):
             stale.unlink(missing_ok=True)
         for sidecar in self._work.glob("*.parquet") if reads else ():
-            if b"labels" not in pq.read_schema(sidecar).metadata:  # of nldist 0.2.0 or before
+            if b"labels" not in pq.read_schema(sidecar).metadata:  # of an older nldist
                 sidecar.unlink()
         if differing:
             write_json(self.folder / "plan.json", plan)
         return True
+
+    def has_plan(self, plan: dict[str, Any]) -> bool:
+        """Whether this build was begun with this plan."""
+        return self._read_plan() == plan
 
     def shard_path(self, number: int) -> Path:
         """Where shard `number` of this split belongs."""

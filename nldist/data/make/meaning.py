@@ -54,28 +54,18 @@ def meaning(place: str, labels: Iterable[str], classes: Sequence[str] | None, re
     texts = list(dict.fromkeys(labels))
     if classes is None:
         return _defined(place, texts, reading)
-    result = Meaning(list(classes))
     by_name = names_of(classes)
-    only_names, only_indices = [], []  # of the numbers
+    if reading is None:
+        _check_numbers(place, texts, classes, by_name)
+    result = Meaning(list(classes))
     for text in texts:
         name, number = by_name(text), _index(text)
         index = number if number is not None and number < len(classes) else None
-        if reading is None and name is not None and index is not None and name != index:
-            raise UserError(_two_meanings(place, text, classes[name], classes[index]))
         found = {"names": name, "indices": index, None: index if name is None else name}[reading]
         if found is None:
             result.faults[text] = _fault(text, classes, reading)
-            continue
-        result.class_of[text] = found
-        if number is not None and name is None:
-            only_indices.append(text)
-        elif number is not None and index is None:
-            only_names.append(text)
-    if reading is None and only_names and only_indices:
-        raise UserError(
-            f"{place}: the label {only_names[0]!r} can only be the name of a class, and {only_indices[0]!r} only an "
-            "index: say which with --labels names or --labels indices"
-        )
+        else:
+            result.class_of[text] = found
     return result
 
 
@@ -112,6 +102,26 @@ def json_label(value: Any) -> str:
     if value is None or isinstance(value, list | dict):
         raise LabelError(f"{json.dumps(value):.60} is no label")
     return json.dumps(value)
+
+
+def _check_numbers(place: str, texts: list[str], classes: Sequence[str], by_name: Callable[[str], int | None]) -> None:
+    """Raise UserError if a number could be one class by name and another by index, or not all can be the same."""
+    only_names, only_indices = [], []
+    for text in texts:
+        name, index = by_name(text), _index(text)
+        if index is None:
+            continue
+        if name is None and index < len(classes):
+            only_indices.append(text)
+        elif name is not None and index >= len(classes):
+            only_names.append(text)
+        elif name is not None and name != index:
+            raise UserError(_two_meanings(place, text, classes[name], classes[index]))
+    if only_names and only_indices:
+        raise UserError(
+            f"{place}: the label {only_names[0]!r} can only be the name of a class, and {only_indices[0]!r} only an "
+            "index: say which with --labels names or --labels indices"
+        )
 
 
 def _defined(place: str, texts: list[str], reading: Reading | None) -> Meaning:

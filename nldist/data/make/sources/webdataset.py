@@ -62,8 +62,11 @@ def index_tars(pattern: str, root: Path, split: str, options: IndexOptions) -> S
     build = Build(root, split)
     paths = _expand(pattern)
     classes = list(options.classes or known_classes(root, split) or ()) or None
+    plan = _plan(paths, list(options.classes or ()), options)
+    if not build.has_plan(plan):  # else it was begun before the data set had classes
+        plan = _plan(paths, classes or [], options)
     with build.claimed():
-        if not build.begin(_plan(paths, classes, options), classes, READS):
+        if not build.begin(plan, classes, READS):
             return build.complete_summary()
         _index_shards(build, paths, options)
 
@@ -156,8 +159,8 @@ def _literal(pattern: str) -> str:
     return os.path.join(_literal(folder), name)
 
 
-def _plan(paths: list[str], classes: list[str] | None, options: IndexOptions) -> dict[str, object]:
-    digest = hashlib.sha256(json.dumps(classes or []).encode())
+def _plan(paths: list[str], classes: list[str], options: IndexOptions) -> dict[str, object]:
+    digest = hashlib.sha256(json.dumps(classes).encode())
     for path in paths:
         size = "" if "://" in path else os.stat(path).st_size
         digest.update(f"{path}\0{size}\0".encode())
