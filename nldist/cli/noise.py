@@ -20,6 +20,7 @@ from nldist.data.labels import (
     transition_table,
     write_label_set,
 )
+from nldist.data.make.meaning import READINGS, shown
 from nldist.dist.environment import Place
 from nldist.errors import UserError, main_guard
 
@@ -41,6 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="with --model (default 0)")
     parser.add_argument("--path-column", default="path", help="with --csv (default: path)")
     parser.add_argument("--label-column", default="label", help="with --csv (default: label)")
+    parser.add_argument("--labels", choices=READINGS, help="with --csv: what numbers are, where they could be both")
     return parser.parse_args(argv)
 
 
@@ -75,7 +77,7 @@ def semantic(index: Index, args: argparse.Namespace) -> np.ndarray:
 
 def from_csv(index: Index, args: argparse.Namespace) -> np.ndarray:
     """Labels that a table gives."""
-    labels, num_ignored = labels_from_csv(index, args.csv, args.path_column, args.label_column)
+    labels, num_ignored = labels_from_csv(index, args.csv, args.path_column, args.label_column, args.labels)
     if num_ignored:
         print(f"{num_ignored} rows of {args.csv} are about images that the data set does not have: ignored")
     return labels
@@ -99,6 +101,9 @@ def report(index: Index, name: str, labels: np.ndarray) -> None:
     num_changed = int(np.count_nonzero(reference != noisy))
     share = 100 * num_changed / max(len(labels), 1)
     print(f"{name}: {num_changed} of {len(labels)} {what[0]} ({share:.2f} %) differ from {what[1]}")
+    counts = np.bincount(labels, minlength=index.num_classes)
+    if empty := [name for name, count in zip(index.classes, counts, strict=True) if count == 0]:
+        print(f"{len(empty)} of {index.num_classes} classes have no label: {shown(empty)}")
     print(transition_table(reference, noisy, index.classes))
 
 

@@ -122,20 +122,7 @@ class Index:
 
     def keys(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """The keys of `ids`, read from the parquet file (only the row groups that hold them)."""
-        wanted = np.asarray(ids, np.int64)
-        with pq.ParquetFile(self._parquet) as file:
-            rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            ends = np.cumsum(rows)
-            group_of = np.searchsorted(ends, wanted, side="right")
-            keys = [""] * len(wanted)
-            for group in np.unique(group_of):
-                here = np.flatnonzero(group_of == group)
-                column = file.read_row_group(int(group), columns=["key"]).column("key")
-                first = int(ends[group]) - rows[group]
-                found = column.take(pa.array(wanted[here] - first)).to_pylist()
-                for place, key in zip(here.tolist(), found, strict=True):
-                    keys[place] = key
-        return keys
+        return _read_keys(self._parquet, np.asarray(ids, np.int64))
 
     def label_sets(self) -> list[str]:
         """Names of the other label sets of this split."""
@@ -239,6 +226,23 @@ def _read_columns(path: Path, columns: list[str]) -> pa.Table:
         return pq.read_table(path, columns=columns)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
+
+
+def _read_keys(parquet: Path, wanted: np.ndarray) -> list[str]:
+    """The keys of the ids `wanted`, from the row groups that hold them."""
+    with pq.ParquetFile(parquet) as file:
+        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        ends = np.cumsum(rows)
+        group_of = np.searchsorted(ends, wanted, side="right")
+        keys = [""] * len(wanted)
+        for group in np.unique(group_of):
+            here = np.flatnonzero(group_of == group)
+            column = file.read_row_group(int(group), columns=["key"]).column("key")
+            first = int(ends[group]) - rows[group]
+            found = column.take(pa.array(wanted[here] - first)).to_pylist()
+            for place, key in zip(here.tolist(), found, strict=True):
+                keys[place] = key
+    return keys
 
 
 def _can_be_written(folder: Path) -> bool:
