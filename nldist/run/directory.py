@@ -14,7 +14,7 @@ import yaml
 from nldist.config import Config
 from nldist.config.file import load_config, parse_config
 from nldist.config.marks import deciding, free_sections
-from nldist.dist.checkpoint import load_file, save_file
+from nldist.dist.checkpoint import load_file, newest_shared, save_file
 from nldist.errors import UserError
 from nldist.files import write_text
 from nldist.models import Network, build_model, check_revision
@@ -106,8 +106,8 @@ class RunDirectory:
 
     def _check_network(self, name: str) -> None:
         """Refuse (UserError) to go on with a network of this name from what an earlier nldist saved of another one."""
-        for file in sorted(self.path.glob("checkpoints/*/shared.pt"))[-1:]:
-            check_revision(load_file(file, mmap=True), name, self.path)
+        if (shared := newest_shared(self.path / "checkpoints")) is not None:
+            check_revision(shared, name, self.path)
 
     def config(self, overrides: Sequence[str] = ()) -> Config:
         """The configuration that the run was started with, with overrides such as data.root=..."""
