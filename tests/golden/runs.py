@@ -21,6 +21,7 @@ RUNS: dict[str, tuple[str, ...]] = {
         *(*DIVIDE, "method.dividemix.form=real", "method.dividemix.subset=700", "method.dividemix.warmup_penalty=true"),
         *("method.mixture.history=3", "train.ema_decay=0.9", "optim.accumulate=2"),
     ),
+    "sanm": (*DIVIDE, "method.ssl=sanm", "train.epochs=3", "method.sanm.ratio_low=0.1", "method.sanm.ratio_high=0.3"),
     "scanmix": ("method.name=scanmix", "train.epochs=4", "method.dividemix.warmup_epochs=2"),
 }
 SIZES = (1, 2)

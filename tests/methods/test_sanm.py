@@ -14,7 +14,7 @@ from nldist.data.draws import DrawSource
 from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.methods.dividemix import DivideMix
-from nldist.methods.sanm import extremes, lower, mask, rectangle, saliency
+from nldist.methods.masks import extremes, lower, mask, rectangle, saliency
 from nldist.models.decoder import Decoder
 from tests.contexts import open_context, task_of
 from tests.jobs import DIGITS, output, run_job
