@@ -2,6 +2,8 @@ import json
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -264,3 +266,32 @@ def test_without_pretext_epochs_the_backbone_stays_as_it_came(digits: Path, tmp_
     state = torch.load(stage(run_dir, "pretext") / "weights" / "last.pt", weights_only=True)["networks"][0]
     for name, value in given.backbone.state_dict().items():
         assert torch.equal(state[f"backbone.{name}"], value)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("mine.factory=IVF512,Flat", "the index 'IVF512,Flat' has more lists than there are vectors (360)"),
+        ("mine.factory=IVF", "FAISS knows no index 'IVF'"),
+        ("mine.num_probe=4", "num_probe is for IVF indexes"),
+        ("cluster.holdout=0.999", "cluster.holdout=0.999 leaves"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_the_first(
+    override: str, told: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the 360 images of the evaluation split."""
+    settings = [f"data.root={digits}", *SHORT, "data.train_split=test", "data.label_set=null", override]
+    for command in (["dry-run", str(DIGITS)], ["train", str(DIGITS), f"run.dir={tmp_path / 'run'}", "dist.device=cpu"]):
+        assert main([*command, *settings]) == 2
+        assert told in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("stages/*/weights/*"))
+
+
+def test_more_neighbours_than_images_are_refused(digits: Path) -> None:
+    config = load_config(DIGITS, [f"data.root={digits}", *SHORT, "mine.k=12"])
+    (mine,) = (stage for stage in stages_of(config) if stage.name == "mine")
+    few: Any = SimpleNamespace(train=range(12))
+    with pytest.raises(UserError, match=r"mine\.k=12 neighbours, but an image has 11 others"):
+        mine.check(config, few, 1)
+    mine.check(load_config(DIGITS, [*SHORT, "mine.k=11"]), few, 1)

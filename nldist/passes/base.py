@@ -51,6 +51,9 @@ class Pass(ABC):
         """Where a checkpoint taken now, after `num_done` steps, would go on; None where none can be taken."""
         return num_done
 
+    def sync(self) -> None:  # noqa: B027
+        """Bring to the disk what the pass itself has written: a checkpoint is about to be taken."""
+
     @abstractmethod
     def finish(self) -> Metrics:
         """Complete the pass; return metrics that hold for all ranks; rank 0 may have more, to report. A collective."""

@@ -59,6 +59,8 @@ def train(config: Config, only: Sequence[str] | None = None) -> int:
         with contextlib.closing(run), status.of_job(world.size):
             data = Data.open(config.data)
             data.check(world)
+            for stage in stages:
+                stage.check(config, data, world.size)
             directories = world.broadcast_object(stage_directories(config, data.fingerprint(labels=False)))
             opened = _Run(config, world, data, directories, status)
             for stage in stages[:-1]:
@@ -142,7 +144,6 @@ class _Run:
             config, stage.name, stage.recipe(config), world, self.data, run.path / "tables", self.directories
         )
         method = stage.build(context)
-        method.check(world.size)
         fingerprint = self.data.fingerprint(labels=method.uses_labels)
         checkpoints = Checkpoints(run.path / "checkpoints", world, config.train.keep_checkpoints, fingerprint)
         progress = Progress(method, checkpoints, run, stage.name)
