@@ -407,6 +407,7 @@ def test_the_free_settings_are_those_that_change_nothing_that_is_learnt() -> Non
     assert "engine.zero_stage" in sections
     assert free(config) == sections | {
         *("run.dir", "run.stages_dir", "data.root", "data.num_workers", "data.cache_dir", "data.cache_gib"),
+        "data.labels_dir",
         *("train.checkpoint_every_steps", "train.keep_checkpoints", "mine.block"),
         *("pretext.knn_every", "pretext.knn_k", "pretext.knn_samples"),
     }
@@ -483,3 +484,12 @@ def test_a_section_s_view_is_one_of_views_or_spelt_out() -> None:
     ):
         with pytest.raises(UserError, match=re.escape(told)):
             load_config(digits, overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("runs/a #1", "runs/a #1"), ("#1", "#1"), ("'a #b'", "a #b"), ("runs/a#1", "runs/a#1"), ("2024", "2024")],
+)
+def test_nothing_of_an_override_is_a_comment(text: str, value: str) -> None:
+    assert load_config(REPOSITORY / "tests" / "digits.yaml", [f"track.run_name={text}"]).track.run_name == value
+    assert "valid integer" in complaint(REPOSITORY / "tests" / "digits.yaml", "train.epochs=5 # five")

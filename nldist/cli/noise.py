@@ -33,6 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("dataset", help="directory of a sharded data set")
     parser.add_argument("--name", required=True, help="of the new label set")
     parser.add_argument("--split", default="train")
+    parser.add_argument("--labels-dir", type=Path, help="where label sets go, if not into DATASET (data.labels_dir)")
     origin = parser.add_mutually_exclusive_group(required=True)
     origin.add_argument("--model", help=f"noise model: {', '.join([*NOISE_MODELS, SEMANTIC])}")
     origin.add_argument("--csv", help="table with a header, a path and a label (class name or id) per row")
@@ -83,10 +84,10 @@ def from_csv(index: Index, args: argparse.Namespace) -> np.ndarray:
     return labels
 
 
-def record_clean(index: Index) -> None:
+def record_clean(index: Index, root: Path) -> None:
     """Make the given labels the label set `clean` unless there is one."""
     if CLEAN not in index.label_sets():
-        write_label_set(index.root, index.split, CLEAN, index.labels())
+        write_label_set(root, index.split, CLEAN, index.labels())
         print(f"the given labels were taken as the true ones and are now the label set {CLEAN!r}")
 
 
@@ -112,12 +113,16 @@ def main(argv: list[str] | None = None) -> None:
     """Make the labels, write them and say what they are like."""
     args = parse(argv)
     label_set_path(args.dataset, args.split, args.name)
-    index = Index.open(args.dataset, args.split)
+    # Where the data set cannot be written, nor can the file of its columns.
+    index = Index.open(args.dataset, args.split, args.labels_dir, args.labels_dir)
+    root = args.labels_dir or index.root
     labels = from_model(index, args) if args.model else from_csv(index, args)
     if Place.find().rank:
         return
-    path = write_label_set(index.root, args.split, args.name, labels)
+    if args.labels_dir and label_set_path(index.root, args.split, args.name).exists():
+        raise UserError(f"{args.dataset} has a label set {args.name!r} of its own: choose another name")
+    path = write_label_set(root, args.split, args.name, labels)
     if args.model:
-        record_clean(index)
+        record_clean(index, root)
     report(index, args.name, labels)
     print(f"written to {path}")

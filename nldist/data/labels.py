@@ -123,10 +123,11 @@ def write_label_set(root: str | Path, split: str, name: str, labels: np.ndarray)
     ids = pa.array(np.arange(len(labels), dtype=np.int64))
     table = pa.table({"id": ids, "label": pa.array(labels.astype(np.int32))})
     if not path.exists():
+        Path(root).mkdir(parents=True, exist_ok=True)
         with locked(Path(root) / ".dataset.lock"):  # two commands may choose one name
             if not path.exists():
                 with writing(path) as aside:
-                    path.parent.mkdir(exist_ok=True)
+                    path.parent.mkdir(parents=True, exist_ok=True)
                     pq.write_table(table, aside)
                 return path
     if not _holds(path, table):
