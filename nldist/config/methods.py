@@ -68,7 +68,7 @@ class LendMethod(Section):
     """Settings of method.name=lend (symbols as in the paper; docs/lend.md)."""
 
     profile: Literal["code", "paper"] = Field("code", description="the authors' code, or the paper: docs/lend.md")
-    k: int = Field(8, ge=2, description="K, neighbours of a sample; profile=code counts the sample itself")
+    k: int = Field(3, ge=2, description="K, neighbours of a sample; profile=code counts the sample itself")
     gamma: float = Field(3.0, gt=0, description="power of the inner products of features")
     alpha: float = Field(0.99, gt=0, lt=1, description="how far neighbours' labels count in the dilution")
     dilution: Literal["closed", "zhou", "lazy"] | None = Field(

@@ -147,15 +147,11 @@ def dilute(graph: Tensor, labels: Tensor, settings: LendMethod) -> Tensor:
     """Class probabilities (b, C): labels (b, C), diluted by their neighbours' over the graph W (b, b) (equation 3)."""
     alpha, diluted = settings.alpha, labels
     form = settings.dilution or ("closed" if settings.profile == "code" else "lazy")
-    if form == "lazy":
-        for _ in range(settings.steps):
-            diluted = alpha * graph @ diluted + (1 - alpha) * diluted
-        return F.normalize(diluted, p=1, dim=1)
     if form == "closed":
         system = -alpha * graph
         system.diagonal().add_(1)  # positive definite: W' is a Gram matrix, and W's eigenvalues are at most 1
         factor, _ = torch.linalg.cholesky_ex(system)  # does not wait for the device
         return torch.cholesky_solve(labels, factor).softmax(1)
-    for _ in range(settings.steps):  # times 1 / (1 - alpha): towards the closed form
-        diluted = alpha * graph @ diluted + labels
-    return diluted.softmax(1)
+    for _ in range(settings.steps):
+        diluted = alpha * graph @ diluted + (1 - alpha) * (labels if form == "zhou" else diluted)
+    return F.normalize(diluted, p=1, dim=1)
