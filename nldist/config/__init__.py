@@ -7,7 +7,14 @@ import yaml
 from pydantic import Field, model_validator
 
 from nldist.config.marks import FREE, flat
-from nldist.config.methods import DivideMixMethod, MethodSection, MixtureSection, MixupMethod, ScanMixMethod
+from nldist.config.methods import (
+    DivideMixMethod,
+    LendMethod,
+    MethodSection,
+    MixtureSection,
+    MixupMethod,
+    ScanMixMethod,
+)
 from nldist.config.recipe import Recipe
 from nldist.config.run import (
     DataSection,
@@ -32,6 +39,7 @@ __all__ = [
     "DistSection",
     "DivideMixMethod",
     "EngineSection",
+    "LendMethod",
     "MethodSection",
     "MineSection",
     "MixtureSection",

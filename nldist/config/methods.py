@@ -78,10 +78,35 @@ class SANMSection(Section):
     strong_view: Name = Field("strong", description="view of two more rows of each image (dividemix.form=cifar)")
 
 
+class LendMethod(Section):
+    """Settings of method.name=lend (symbols as in the paper; docs/lend.md)."""
+
+    profile: Literal["code", "paper"] = Field("code", description="the authors' code, or the paper: docs/lend.md")
+    k: int = Field(3, ge=2, description="K, neighbours of a sample; profile=code counts the sample itself")
+    gamma: float = Field(3.0, gt=0, description="power of the inner products of features")
+    alpha: float = Field(0.99, gt=0, lt=1, description="how far neighbours' labels count in the dilution")
+    dilution: Literal["closed", "zhou", "lazy"] | None = Field(
+        None,
+        description="closed form, or `steps` of Zhou's iteration or of the paper's; none = the profile's: closed, lazy",
+    )
+    steps: int = Field(3, ge=1, description="T, of dilution=zhou and lazy")
+    beta: float = Field(
+        0.9, ge=0, le=1, description="weight of the given label (profile=code), of the epochs before (profile=paper)"
+    )
+    history_from: int = Field(10, ge=1, description="epoch from which on profile=code looks at the epochs before")
+    graph: Literal["rank", "all_ranks"] = Field("rank", description="over a rank's batch, or those of all ranks as one")
+
+
 class MethodSection(Section):
     """Which method, and the settings of each."""
 
-    name: Literal["cross_entropy", "mixup", "dividemix", "scanmix"] = "dividemix"
+    name: Literal[
+        "cross_entropy",
+        "mixup",
+        "dividemix",
+        "scanmix",
+        "lend",
+    ] = "dividemix"
     ssl: Literal["mixmatch", "sanm"] = Field(
         "mixmatch", description="what dividemix and scanmix do in their semi-supervised epochs"
     )
@@ -89,6 +114,7 @@ class MethodSection(Section):
     mixup: MixupMethod = MixupMethod()
     dividemix: DivideMixMethod = DivideMixMethod()
     scanmix: ScanMixMethod = ScanMixMethod()
+    lend: LendMethod = LendMethod()
     mixture: MixtureSection = MixtureSection()
     soft_dtype: Literal["float32", "float16"] = Field(
         "float32", description="of the soft labels that some methods keep of every sample; float16 halves them"

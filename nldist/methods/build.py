@@ -2,6 +2,7 @@
 
 from nldist.methods.cross_entropy import CrossEntropy
 from nldist.methods.dividemix import DivideMix
+from nldist.methods.lend import Lend
 from nldist.methods.mixup import Mixup
 from nldist.methods.scanmix import ScanMix
 from nldist.passes.context import Context
@@ -12,6 +13,7 @@ METHODS: dict[str, type[Method]] = {
     "mixup": Mixup,
     "dividemix": DivideMix,
     "scanmix": ScanMix,
+    "lend": Lend,
 }
 
 

@@ -23,6 +23,11 @@ RUNS: dict[str, tuple[str, ...]] = {
     ),
     "sanm": (*DIVIDE, "method.ssl=sanm", "train.epochs=3", "method.sanm.ratio_low=0.1", "method.sanm.ratio_high=0.3"),
     "scanmix": ("method.name=scanmix", "train.epochs=4", "method.dividemix.warmup_epochs=2"),
+    "lend": ("method.name=lend", "train.epochs=3", "method.lend.history_from=1"),
+    "lend_paper": (
+        *("method.name=lend", "train.epochs=3", "method.lend.profile=paper"),
+        *("method.lend.beta=0.4", "method.lend.graph=all_ranks", "method.soft_dtype=float16"),
+    ),
 }
 SIZES = (1, 2)
 # Each step is reported. What measures the machine is not in the record, nor the rate, which shows in the losses.
