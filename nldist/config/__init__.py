@@ -7,7 +7,15 @@ import yaml
 from pydantic import Field, model_validator
 
 from nldist.config.marks import FREE, flat
-from nldist.config.methods import DivideMixMethod, MethodSection, MixtureSection, MixupMethod, ScanMixMethod
+from nldist.config.methods import (
+    DivideMixMethod,
+    MethodSection,
+    MixNNMethod,
+    MixtureSection,
+    MixupMethod,
+    ScanMixMethod,
+    SELCMethod,
+)
 from nldist.config.recipe import Recipe
 from nldist.config.run import (
     DataSection,
@@ -34,6 +42,7 @@ __all__ = [
     "EngineSection",
     "MethodSection",
     "MineSection",
+    "MixNNMethod",
     "MixtureSection",
     "MixupMethod",
     "ModelSection",
@@ -43,6 +52,7 @@ __all__ = [
     "PretextSection",
     "Recipe",
     "RunSection",
+    "SELCMethod",
     "ScanMixMethod",
     "Section",
     "TrackSection",
@@ -97,7 +107,20 @@ class Config(Section):
                 f"method.dividemix.warmup_epochs={divide.warmup_epochs} is more than "
                 f"train.epochs={self.train.epochs}; lower it or train longer"
             )
+        self._check_turning()
         return self
+
+    def _check_turning(self) -> None:
+        """Soft labels need an epoch after es."""
+        turning = {"mixnn": self.method.mixnn.turning_epoch, "selc": self.method.selc.turning_epoch}
+        name = self.method.name
+        if (es := turning.get(name, 0)) >= self.train.epochs:
+            raise ValueError(
+                f"method.{name}.turning_epoch={es} leaves none of train.epochs={self.train.epochs}; "
+                "lower it or train longer"
+            )
+        if name == "mixnn" and (warmup := self.method.mixnn.warmup_epochs) > es:
+            raise ValueError(f"method.mixnn.warmup_epochs={warmup} is more than turning_epoch={es}; lower it")
 
     def _check_scanmix(self) -> None:
         for name, value in (

@@ -64,13 +64,52 @@ class ScanMixMethod(Section):
     cluster_view: ViewName = Field("by_noise", description="by_noise: strong where the estimated noise is high")
 
 
+class MixNNMethod(Section):
+    """Settings of method.name=mixnn (docs/mixnn.md). Epochs are counted from 1, as in the authors' code."""
+
+    warmup_epochs: int = Field(9, ge=0, description="epochs of cross-entropy at the start")
+    turning_epoch: int = Field(60, ge=0, description="es: mixup until then, synthetic samples after it")
+    mixup_loss: Literal["linear", "cross_entropy"] = Field(
+        "linear", description="of the epochs of mixup; linear: minus the label's probability, as the authors' code"
+    )
+    momentum: float = Field(0.9, ge=0, le=1, description="m of the soft labels' moving average")
+    update_every: int = Field(10, ge=1, description="soft labels move in the epochs from es on that this divides")
+    k: int = Field(2, ge=1, le=256, description="samples that make a synthetic one, itself counted")
+    neighbours: Literal["in_batch", "data_set"] = Field(
+        "in_batch", description="nearest in the rank's batch, as the authors' code, or in the whole data set"
+    )
+    refresh_epochs: int = Field(10, ge=1, description="epochs between searches of neighbours=data_set")
+    subset: int | None = Field(
+        None, ge=2, description="train on about so many samples, class-balanced, the same all the time; none = all"
+    )
+
+
+class SELCMethod(Section):
+    """Settings of method.name=selc (docs/selc.md)."""
+
+    turning_epoch: int = Field(40, ge=0, description="es: epochs of cross-entropy before the labels are corrected")
+    momentum: float = Field(0.9, ge=0, le=1, description="alpha of the soft labels' moving average")
+    subset: int | None = Field(
+        None, ge=2, description="train on about so many samples, class-balanced, the same all the time; none = all"
+    )
+
+
 class MethodSection(Section):
     """Which method, and the settings of each."""
 
-    name: Literal["cross_entropy", "mixup", "dividemix", "scanmix"] = "dividemix"
+    name: Literal[
+        "cross_entropy",
+        "mixup",
+        "dividemix",
+        "scanmix",
+        "mixnn",
+        "selc",
+    ] = "dividemix"
     mixup: MixupMethod = MixupMethod()
     dividemix: DivideMixMethod = DivideMixMethod()
     scanmix: ScanMixMethod = ScanMixMethod()
+    mixnn: MixNNMethod = MixNNMethod()
+    selc: SELCMethod = SELCMethod()
     mixture: MixtureSection = MixtureSection()
     soft_dtype: Literal["float32", "float16"] = Field(
         "float32", description="of the soft labels that some methods keep of every sample; float16 halves them"

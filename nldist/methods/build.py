@@ -2,8 +2,10 @@
 
 from nldist.methods.cross_entropy import CrossEntropy
 from nldist.methods.dividemix import DivideMix
+from nldist.methods.mixnn import MixNN
 from nldist.methods.mixup import Mixup
 from nldist.methods.scanmix import ScanMix
+from nldist.methods.selc import SELC
 from nldist.passes.context import Context
 from nldist.passes.method import Method
 
@@ -12,6 +14,8 @@ METHODS: dict[str, type[Method]] = {
     "mixup": Mixup,
     "dividemix": DivideMix,
     "scanmix": ScanMix,
+    "mixnn": MixNN,
+    "selc": SELC,
 }
 
 

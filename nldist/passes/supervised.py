@@ -37,19 +37,27 @@ Loss = Callable[[Engine, Step], Mapping[str, Tensor]]
 
 
 class SupervisedPass(EnginePass):
-    """One epoch over all samples with a loss on the given labels."""
+    """One epoch over all samples, or those of a population (sorted ids), with a loss on the given labels."""
 
     def __init__(
-        self, context: Context, number: int, engine: Engine, epoch: int, loss: Loss, view: View | None = None
+        self,
+        context: Context,
+        number: int,
+        engine: Engine,
+        epoch: int,
+        loss: Loss,
+        view: View | None = None,
+        population: np.ndarray | None = None,
     ) -> None:
         super().__init__(context, number, engine, epoch)
-        self._loss, self._view = loss, view
+        self._loss, self._view, self._population = loss, view, population
         self.batch = {"all": context.recipe.batch_size}
-        self.num_samples, self.num_rows = len(context.train), self.batch["all"]
+        self.num_samples = len(context.train) if population is None else len(population)
+        self.num_rows = self.batch["all"]
 
     def plan(self) -> Plan:
         """See Pass."""
-        return self.context.shuffled(self.epoch, self.name, self.batch["all"])
+        return self.context.shuffled(self.epoch, self.name, self.batch["all"], self._population)
 
     def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
         """See Pass."""

@@ -19,6 +19,7 @@ from nldist.passes.method import Verdicts
 
 TAU = 0.5  # as likely right as wrong
 Output = Callable[[Tensor], Tensor]  # of images (b, 3, h, w), in eval mode, without a gradient
+Labels = Callable[[Tensor], Tensor]  # of owned ids (b,), int64 (b,)
 
 
 class Sweep(Pass):
@@ -84,6 +85,7 @@ class LossSweep(Sweep):
         after: makes of this finished sweep what there is to be made; gives metrics of it. A collective.
         name: of the pass.
         population: sorted ids; None = all.
+        labels: that the losses are of; None = the given ones.
     """
 
     def __init__(
@@ -94,9 +96,10 @@ class LossSweep(Sweep):
         *,
         name: str = "sweep",
         population: np.ndarray | None = None,
+        labels: Labels | None = None,
     ) -> None:
         super().__init__(context, name, population)
-        self._logits, self._after = logits, after
+        self._logits, self._after, self._labels = logits, after, labels
         self._splits: dict[str, Split] = {}
 
     @staticmethod
@@ -116,8 +119,9 @@ class LossSweep(Sweep):
     def see(self, batch: Batch, images: Tensor) -> None:
         """See Sweep."""
         table, everyone = self.context.table, {name: logits(images) for name, logits in self._logits.items()}
+        labels = batch.labels if self._labels is None else self._labels(batch.ids)
         for name, logits in everyone.items():
-            losses = F.cross_entropy(logits, batch.labels, reduction="none")
+            losses = F.cross_entropy(logits, labels, reduction="none")
             if not losses.isfinite().all():
                 raise UserError(f"net{name} has diverged (loss not finite); lower optim.lr or set optim.clip_norm")
             table[f"loss{name}"][batch.ids] = losses
@@ -133,13 +137,19 @@ class LossSweep(Sweep):
         """Keep the division by a network's losses, to be plotted; returns its quality. A collective."""
         self._splits[f"net{name}"] = split
         clean, truth = self.context.world.all_gather(split.clean_probability), None
+        labels = self.context.labels if self._labels is None else self._gathered_labels(self._labels)
         if self.context.clean is not None and self.context.world.is_main:  # it reports
-            truth = self.context.clean == self.context.labels
+            truth = self.context.clean == labels
         quality = split_quality(clean, truth, split.tau)
         if split.mixture is not None:
             gap = float(np.ptp(split.mixture.means))
             quality |= {"mixture_iterations": split.mixture.num_iterations, "mixture_gap": gap}
         return {f"{key}{name}": value for key, value in quality.items()}
+
+    def _gathered_labels(self, labels: Labels) -> np.ndarray:
+        owned = self.context.table.owned
+        ids = torch.arange(owned.start, owned.stop, device=self.context.world.device)
+        return self.context.world.all_gather(labels(ids).int().cpu().numpy())
 
     def splits(self) -> dict[str, Split]:
         """See Pass."""
