@@ -3,7 +3,7 @@
 docs/mixnn.md has the equations.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from nldist.passes.base import Batches, EnginePass, Metrics, Pass, Split
 from nldist.passes.context import Context
 from nldist.passes.method import Method, Phase, Verdicts
 from nldist.passes.search import SearchSweep
-from nldist.passes.soft import SoftLabelPass, accuracy, corrected, given_share, soft_labels, update
+from nldist.passes.soft import accuracy, corrected, given_share, soft_labels, update
 from nldist.passes.supervised import Loss, Step, SupervisedPass
 from nldist.passes.sweep import TAU, LossSweep
 from nldist.pretext.pairs import find
@@ -54,12 +54,12 @@ class MixNN(Method):
             Phase("synthetic", rest, self._synthetic),
         ]
 
-    def _supervised(self, epoch: int, loss: Loss) -> Pass:
-        return SupervisedPass(self.context, 0, self.engines[0], epoch, loss, population=self.population)
+    def _supervised(self, epoch: int, loss: Loss, after: Callable[[], Metrics] = dict) -> Pass:
+        return SupervisedPass(self.context, 0, self.engines[0], epoch, loss, population=self.population, after=after)
 
-    def _softened(self, epoch: int, loss: Loss) -> Pass:
-        options = {"population": self.population}
-        return SoftLabelPass(self.soft, self.context, 0, self.engines[0], epoch, loss, **options)
+    def measure(self) -> Metrics:
+        """How good the soft labels are. A collective."""
+        return accuracy(self.context, self.soft, self.population)
 
     def _mixup(self, epoch: int) -> list[Pass]:
         """Losses of these epochs count where the mixture averages over several: then sweeps come before es."""
@@ -67,11 +67,11 @@ class MixNN(Method):
         sweeps = [self._sweep()] if to_come < self.context.config.method.mixture.history else []
         if to_come > 1:
             return [*sweeps, self._supervised(epoch, self.mixup_loss)]
-        return [*sweeps, self._softened(epoch, self.turning_loss)]
+        return [*sweeps, self._supervised(epoch, self.turning_loss, self.measure)]
 
     def _synthetic(self, epoch: int) -> list[Pass]:
         if not self.searches:
-            return [self._sweep(), self._softened(epoch, self.synthetic_loss)]
+            return [self._sweep(), self._supervised(epoch, self.synthetic_loss, self.measure)]
         due = (epoch - self.settings.turning_epoch) % self.settings.refresh_epochs == 0
         search = [SearchSweep(self.context, self._features, self.neighbours, self.population)] if due else []
         return [self._sweep(), *search, NeighbourhoodPass(self, epoch)]
@@ -102,22 +102,25 @@ class MixNN(Method):
         if mixture is not None:  # else the weights before stay
             clean[seen] = mixture.clean_probability(values[seen])
             self.clean.rows.copy_(torch.from_numpy(clean))
-        return sweep.divided("", Split(values, np.where(seen, clean, np.float32(np.nan)), mixture, TAU))
+        found = self._judge()
+        return sweep.divided("", Split(values, found.clean_probability, mixture, TAU, corrected(self.soft)))
 
-    def verdicts(self) -> Verdicts | None:
-        """By the last mixture and the soft labels; with a subset None: they are not those of every sample.
+    def _judge(self) -> Verdicts:
+        """The given labels by the weights and the soft labels.
 
         Where the corrected label is the given one, w_i is its probability. Else the given one can only be right where
         the corrected one is wrong, and has its share of the soft label then.
         """
-        if self.population is not None:
-            return None
         context, suggested = self.context, corrected(self.soft)
         given = context.labels[self.soft.owned.start : self.soft.owned.stop]
         weight = self.clean.rows.cpu().numpy()
         clean = np.where(suggested == given, weight, (1 - weight) * given_share(context, self.soft))
         seen = ~np.isnan(context.table["loss"].numpy())
         return Verdicts(np.where(seen, clean, np.float32(np.nan)), np.where(seen, suggested, -1))
+
+    def verdicts(self) -> Verdicts | None:
+        """By the last mixture and the soft labels; with a subset None: they are not those of every sample."""
+        return self._judge() if self.population is None else None
 
     # The losses
 
@@ -258,4 +261,4 @@ class NeighbourhoodPass(EnginePass):
 
     def finish(self) -> Metrics:
         """See Pass."""
-        return super().finish() | accuracy(self.context, self._method.soft, self._method.population)
+        return super().finish() | self._method.measure()

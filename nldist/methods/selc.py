@@ -9,11 +9,12 @@ from torch import Tensor
 from nldist.dist.engine import Engine
 from nldist.losses import soft_cross_entropy
 from nldist.methods.cross_entropy import cross_entropy
-from nldist.passes.base import Pass
+from nldist.passes.base import Metrics, Pass
 from nldist.passes.context import Context
 from nldist.passes.method import Method, Phase, Verdicts
-from nldist.passes.soft import SoftLabelPass, corrected, given_share, soft_labels, update
+from nldist.passes.soft import accuracy, corrected, given_share, soft_labels, update
 from nldist.passes.supervised import Step, SupervisedPass
+from nldist.passes.sweep import TAU, label_quality
 
 
 class SELC(Method):
@@ -33,13 +34,14 @@ class SELC(Method):
         return [Phase("given", turning, self._given), Phase("correct", rest, self._correct)]
 
     def _given(self, epoch: int) -> list[Pass]:
-        return [
-            SupervisedPass(self.context, 0, self.engines[0], epoch, cross_entropy, population=self.population),
-        ]
+        return [SupervisedPass(self.context, 0, self.engines[0], epoch, cross_entropy, population=self.population)]
 
     def _correct(self, epoch: int) -> list[Pass]:
-        options = {"population": self.population}
-        return [SoftLabelPass(self.soft, self.context, 0, self.engines[0], epoch, self.loss, **options)]
+        return [
+            SupervisedPass(
+                *(self.context, 0, self.engines[0], epoch, self.loss), population=self.population, after=self.measure
+            )
+        ]
 
     def loss(self, engine: Engine, step: Step) -> Mapping[str, Tensor]:
         """Move the soft labels by this prediction, then learn them: the update comes before the use."""
@@ -48,10 +50,17 @@ class SELC(Method):
         self.seen[step.ids] = torch.ones_like(step.ids)
         return {"loss": soft_cross_entropy(logits, targets)}
 
-    def verdicts(self) -> Verdicts | None:
-        """The soft labels; with a subset None: they are not those of every sample."""
-        if self.population is not None:
-            return None
+    def measure(self) -> Metrics:
+        """How good the soft labels are, and how well they tell which given labels are right. A collective."""
+        found = accuracy(self.context, self.soft, self.population)
+        return found | label_quality(self.context, self._judge().clean_probability, TAU)
+
+    def _judge(self) -> Verdicts:
+        """The given labels' shares of the soft ones, and the classes that these are largest for."""
         seen = self.seen.rows.cpu().numpy()
         share, suggested = given_share(self.context, self.soft), corrected(self.soft)
         return Verdicts(np.where(seen, share, np.float32(np.nan)), np.where(seen, suggested, -1))
+
+    def verdicts(self) -> Verdicts | None:
+        """The soft labels; with a subset None: they are not those of every sample."""
+        return self._judge() if self.population is None else None

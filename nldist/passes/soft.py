@@ -1,7 +1,5 @@
 """Soft labels: a row of class probabilities for every sample, with its owner."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,7 +7,6 @@ from torch import Tensor
 from nldist.dist.table import Column
 from nldist.passes.base import Metrics
 from nldist.passes.context import Context
-from nldist.passes.supervised import SupervisedPass
 
 
 def soft_labels(context: Context, name: str) -> Column:
@@ -65,15 +62,3 @@ def accuracy(context: Context, column: Column, population: np.ndarray | None = N
     right = (corrected(column) == context.clean[ids])[slice(None) if population is None else np.isin(ids, population)]
     counts = context.world.all_reduce(torch.tensor([int(right.sum()), len(right)]))
     return {"soft_accuracy": 100 * float(counts[0] / counts[1])}
-
-
-class SoftLabelPass(SupervisedPass):
-    """One epoch of a loss that changes the soft labels in `column`; tells how good they then are."""
-
-    def __init__(self, column: Column, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._column = column
-
-    def finish(self) -> Metrics:
-        """See Pass."""
-        return super().finish() | accuracy(self.context, self._column, self._population)

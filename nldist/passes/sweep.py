@@ -22,6 +22,20 @@ Output = Callable[[Tensor], Tensor]  # of images (b, 3, h, w), in eval mode, wit
 Labels = Callable[[Tensor], Tensor]  # of owned ids (b,), int64 (b,)
 
 
+def label_quality(context: Context, clean_probability: np.ndarray, tau: float) -> Metrics:
+    """How well these tell the given labels that are right (see `split_quality`), where that is known. A collective.
+
+    Args:
+        context: of the run.
+        clean_probability: (owned,) of the given labels, NaN where not seen.
+        tau: above it a label counts as right.
+    """
+    clean, truth = context.world.all_gather(clean_probability), None
+    if context.clean is not None and context.world.is_main:  # it reports
+        truth = context.clean == context.labels
+    return split_quality(clean, truth, tau)
+
+
 class Sweep(Pass):
     """Every training sample, or every one of a population, once.
 
@@ -136,20 +150,11 @@ class LossSweep(Sweep):
     def divided(self, name: str, split: Split) -> Metrics:
         """Keep the division by a network's losses, to be plotted; returns its quality. A collective."""
         self._splits[f"net{name}"] = split
-        clean, truth = self.context.world.all_gather(split.clean_probability), None
-        labels = self.context.labels if self._labels is None else self._gathered_labels(self._labels)
-        if self.context.clean is not None and self.context.world.is_main:  # it reports
-            truth = self.context.clean == labels
-        quality = split_quality(clean, truth, split.tau)
+        quality = label_quality(self.context, split.clean_probability, split.tau)
         if split.mixture is not None:
             gap = float(np.ptp(split.mixture.means))
             quality |= {"mixture_iterations": split.mixture.num_iterations, "mixture_gap": gap}
         return {f"{key}{name}": value for key, value in quality.items()}
-
-    def _gathered_labels(self, labels: Labels) -> np.ndarray:
-        owned = self.context.table.owned
-        ids = torch.arange(owned.start, owned.stop, device=self.context.world.device)
-        return self.context.world.all_gather(labels(ids).int().cpu().numpy())
 
     def splits(self) -> dict[str, Split]:
         """See Pass."""
