@@ -38,7 +38,7 @@ class SearchSweep(Sweep):
         """See Sweep."""
         features = self._output(images)
         if self._features is None:
-            self._features = torch.zeros(len(self.context.table.owned), features.shape[1])
+            self._features = torch.zeros(len(self.context.table.owned), features.shape[1], dtype=torch.float32)
         self._features[batch.ids.cpu() - self.context.table.owned.start] = features.to(self._features)
 
     def finish(self) -> Metrics:
