@@ -1,18 +1,22 @@
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from nldist.config.file import load_config
+from nldist.data.index import Index
 from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.methods.selc import SELC
 from nldist.passes.supervised import Step
 from nldist.train.dry_run import dry_run
 from nldist.train.run_pass import run_pass
+from tests.conftest import run_tool
 from tests.contexts import open_context, task_of
 from tests.jobs import DIGITS, run_job
 from tests.ranks import run_ranks
@@ -145,3 +149,19 @@ def test_killed_and_resumed_it_ends_the_same_and_better_than_the_labels(digits: 
     context = build(digits).context
     samples = pq.read_table(tmp_path / "cut" / "tables" / "samples.parquet")
     assert (samples["suggested"].to_numpy() == context.clean).mean() > (context.labels == context.clean).mean() + 0.25
+
+
+def test_selc_plus_is_a_second_run_on_the_corrected_labels(digits: Path, tmp_path: Path) -> None:
+    """docs/selc.md: the table of verdicts becomes a label set, by key."""
+    data = shutil.copytree(digits, tmp_path / "data")
+    arguments = (f"data.root={data}", *SETTINGS, "method.selc.momentum=0")
+    assert run_job(tmp_path / "run", *arguments) == [0]
+    samples = pq.read_table(tmp_path / "run" / "tables" / "samples.parquet")
+    pyarrow.csv.write_csv(samples, tmp_path / "corrected.csv")
+    run_tool(
+        *("tools/noise.py", data, "--csv", tmp_path / "corrected.csv", "--name", "selc"),
+        *("--path-column", "key", "--label-column", "suggested"),
+    )
+    corrected = Index.open(data, "train").labels("selc")
+    np.testing.assert_array_equal(corrected, samples["suggested"].to_numpy())
+    assert (corrected != build(digits).context.labels).mean() > 0.2
