@@ -11,9 +11,11 @@ from nldist.config.methods import (
     DivideMixMethod,
     LendMethod,
     MethodSection,
+    MixNNMethod,
     MixtureSection,
     MixupMethod,
     ScanMixMethod,
+    SELCMethod,
 )
 from nldist.config.recipe import Recipe
 from nldist.config.run import (
@@ -42,6 +44,7 @@ __all__ = [
     "LendMethod",
     "MethodSection",
     "MineSection",
+    "MixNNMethod",
     "MixtureSection",
     "MixupMethod",
     "ModelSection",
@@ -51,6 +54,7 @@ __all__ = [
     "PretextSection",
     "Recipe",
     "RunSection",
+    "SELCMethod",
     "ScanMixMethod",
     "Section",
     "TrackSection",
@@ -112,7 +116,20 @@ class Config(Section):
                 f"method.dividemix.warmup_epochs={divide.warmup_epochs} is more than "
                 f"train.epochs={self.train.epochs}; lower it or train longer"
             )
+        self._check_turning()
         return self
+
+    def _check_turning(self) -> None:
+        """Soft labels need an epoch after es."""
+        turning = {"mixnn": self.method.mixnn.turning_epoch, "selc": self.method.selc.turning_epoch}
+        name = self.method.name
+        if (es := turning.get(name, 0)) >= self.train.epochs:
+            raise ValueError(
+                f"method.{name}.turning_epoch={es} leaves none of train.epochs={self.train.epochs}; "
+                "lower it or train longer"
+            )
+        if name == "mixnn" and (warmup := self.method.mixnn.warmup_epochs) > es:
+            raise ValueError(f"method.mixnn.warmup_epochs={warmup} is more than turning_epoch={es}; lower it")
 
     def _check_scanmix(self) -> None:
         for name, value in (

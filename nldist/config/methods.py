@@ -97,6 +97,36 @@ class LendMethod(Section):
     graph: Literal["rank", "all_ranks"] = Field("rank", description="over a rank's batch, or those of all ranks as one")
 
 
+class MixNNMethod(Section):
+    """Settings of method.name=mixnn (docs/mixnn.md). Epochs are counted from 1, as in the authors' code."""
+
+    warmup_epochs: int = Field(9, ge=0, description="epochs of cross-entropy at the start")
+    turning_epoch: int = Field(60, ge=0, description="es: mixup until then, synthetic samples after it")
+    mixup_loss: Literal["linear", "cross_entropy"] = Field(
+        "linear", description="of the epochs of mixup; linear: minus the label's probability, as the authors' code"
+    )
+    momentum: float = Field(0.9, ge=0, le=1, description="m of the soft labels' moving average")
+    update_every: int = Field(10, ge=1, description="soft labels move in the epochs from es on that this divides")
+    k: int = Field(2, ge=1, le=256, description="samples that make a synthetic one, itself counted")
+    neighbours: Literal["in_batch", "data_set"] = Field(
+        "in_batch", description="nearest in the rank's batch, as the authors' code, or in the whole data set"
+    )
+    refresh_epochs: int = Field(10, ge=1, description="epochs between searches of neighbours=data_set")
+    subset: int | None = Field(
+        None, ge=2, description="train on about so many samples, class-balanced, the same all the time; none = all"
+    )
+
+
+class SELCMethod(Section):
+    """Settings of method.name=selc (docs/selc.md)."""
+
+    turning_epoch: int = Field(40, ge=0, description="es: epochs of cross-entropy before the labels are corrected")
+    momentum: float = Field(0.9, ge=0, le=1, description="alpha of the soft labels' moving average")
+    subset: int | None = Field(
+        None, ge=2, description="train on about so many samples, class-balanced, the same all the time; none = all"
+    )
+
+
 class MethodSection(Section):
     """Which method, and the settings of each."""
 
@@ -106,6 +136,8 @@ class MethodSection(Section):
         "dividemix",
         "scanmix",
         "lend",
+        "mixnn",
+        "selc",
     ] = "dividemix"
     ssl: Literal["mixmatch", "sanm"] = Field(
         "mixmatch", description="what dividemix and scanmix do in their semi-supervised epochs"
@@ -115,6 +147,8 @@ class MethodSection(Section):
     dividemix: DivideMixMethod = DivideMixMethod()
     scanmix: ScanMixMethod = ScanMixMethod()
     lend: LendMethod = LendMethod()
+    mixnn: MixNNMethod = MixNNMethod()
+    selc: SELCMethod = SELCMethod()
     mixture: MixtureSection = MixtureSection()
     soft_dtype: Literal["float32", "float16"] = Field(
         "float32", description="of the soft labels that some methods keep of every sample; float16 halves them"

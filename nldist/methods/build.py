@@ -3,8 +3,10 @@
 from nldist.methods.cross_entropy import CrossEntropy
 from nldist.methods.dividemix import DivideMix
 from nldist.methods.lend import Lend
+from nldist.methods.mixnn import MixNN
 from nldist.methods.mixup import Mixup
 from nldist.methods.scanmix import ScanMix
+from nldist.methods.selc import SELC
 from nldist.passes.context import Context
 from nldist.passes.method import Method
 
@@ -14,6 +16,8 @@ METHODS: dict[str, type[Method]] = {
     "dividemix": DivideMix,
     "scanmix": ScanMix,
     "lend": Lend,
+    "mixnn": MixNN,
+    "selc": SELC,
 }
 
 

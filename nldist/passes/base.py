@@ -103,15 +103,17 @@ class Split:
 
     Attributes:
         losses: (owned,) normalised, NaN where not seen.
-        clean_probability: (owned,), NaN where not seen.
+        clean_probability: (owned,) of the given labels, NaN where not seen.
         mixture: of the losses; None where there is none.
         tau: a sample counts as clean above this probability.
+        labels: (owned,) that the losses are of; None: the given ones.
     """
 
     losses: np.ndarray
     clean_probability: np.ndarray
     mixture: Mixture | None
     tau: float
+    labels: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

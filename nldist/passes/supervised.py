@@ -9,7 +9,7 @@ from torch import Tensor
 from nldist.data.plan import Plan
 from nldist.data.views import View
 from nldist.dist.engine import Engine
-from nldist.passes.base import Batches, EnginePass
+from nldist.passes.base import Batches, EnginePass, Metrics
 from nldist.passes.context import Context
 
 
@@ -37,19 +37,39 @@ Loss = Callable[[Engine, Step], Mapping[str, Tensor]]
 
 
 class SupervisedPass(EnginePass):
-    """One epoch over all samples with a loss on the given labels."""
+    """One epoch over all samples with a loss on the given labels.
+
+    Args:
+        context: of the run.
+        number: the network's.
+        engine: the network's.
+        epoch: in the whole run.
+        loss: the paper's step.
+        view: random view; None = views.train.
+        population: sorted ids; None = all.
+        after: gives metrics of what the finished epoch came to. A collective.
+    """
 
     def __init__(
-        self, context: Context, number: int, engine: Engine, epoch: int, loss: Loss, view: View | None = None
+        self,
+        context: Context,
+        number: int,
+        engine: Engine,
+        epoch: int,
+        loss: Loss,
+        view: View | None = None,
+        population: np.ndarray | None = None,
+        after: Callable[[], Metrics] = dict,
     ) -> None:
         super().__init__(context, number, engine, epoch)
-        self._loss, self._view = loss, view
+        self._loss, self._view, self._population, self._after = loss, view, population, after
         self.batch = {"all": context.recipe.batch_size}
-        self.num_samples, self.num_rows = len(context.train), self.batch["all"]
+        self.num_samples = len(context.train) if population is None else len(population)
+        self.num_rows = self.batch["all"]
 
     def plan(self) -> Plan:
         """See Pass."""
-        return self.context.shuffled(self.epoch, self.name, self.batch["all"])
+        return self.context.shuffled(self.epoch, self.name, self.batch["all"], self._population)
 
     def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
         """See Pass."""
@@ -59,3 +79,7 @@ class SupervisedPass(EnginePass):
         values = self._loss(self.engine, Step(batch.ids, batch.labels, images, self.progress(step), random))
         self.descend(values["loss"], step)
         return {name: value.detach() for name, value in values.items()}
+
+    def finish(self) -> Metrics:
+        """See Pass."""
+        return super().finish() | self._after()

@@ -104,6 +104,7 @@ class Reporter:
 
     def _histogram(self, name: str, split: Split, epoch: int) -> None:
         context, losses = self._context, self._context.world.all_gather(split.losses)
+        used = context.labels if split.labels is None else context.world.all_gather(split.labels)
         if not self._is_main:
             return
         seen, mixture, labels = ~np.isnan(losses), split.mixture, context.config.data.label_set or "given labels"
@@ -114,7 +115,7 @@ class Reporter:
             path,
             losses[seen],
             (mixture.means, mixture.variances, mixture.weights) if mixture else None,
-            clean_mask=None if context.clean is None else (context.clean == context.labels)[seen],
+            clean_mask=None if context.clean is None else (context.clean == used)[seen],
             tau=split.tau,
             title=f"{context.train.name}, {labels}: {name}, {when}",
         )

@@ -13,6 +13,10 @@ from tests.jobs import output, run_job
 
 FOLDER = Path(__file__).parent
 DIVIDE = ("method.name=dividemix", "train.epochs=4", "method.dividemix.warmup_epochs=2")
+MIXNN = (
+    *("method.name=mixnn", "train.epochs=5", "method.mixnn.warmup_epochs=1", "method.mixnn.turning_epoch=3"),
+    "method.mixnn.update_every=2",
+)
 RUNS: dict[str, tuple[str, ...]] = {
     "cross_entropy": ("method.name=cross_entropy", "train.epochs=3"),
     "mixup": ("method.name=mixup", "train.epochs=3"),
@@ -28,6 +32,9 @@ RUNS: dict[str, tuple[str, ...]] = {
         *("method.name=lend", "train.epochs=3", "method.lend.profile=paper"),
         *("method.lend.beta=0.4", "method.lend.graph=all_ranks", "method.soft_dtype=float16"),
     ),
+    "mixnn": (*MIXNN, "method.mixture.history=2", "optim.restart_epochs=2"),
+    "mixnn_data_set": (*MIXNN, "method.mixnn.neighbours=data_set", "method.mixnn.k=3"),
+    "selc": ("method.name=selc", "train.epochs=3", "method.selc.turning_epoch=1"),
 }
 SIZES = (1, 2)
 # Each step is reported. What measures the machine is not in the record, nor the rate, which shows in the losses.
