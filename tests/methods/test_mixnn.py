@@ -22,6 +22,7 @@ from nldist.models import build_model
 from nldist.passes.supervised import Step
 from nldist.train.dry_run import dry_run
 from nldist.train.run_pass import run_pass
+from tests.conftest import REPOSITORY
 from tests.contexts import open_context, task_of
 from tests.jobs import DIGITS, output, run_job
 from tests.ranks import run_ranks
@@ -444,3 +445,34 @@ def test_it_trains_on_deepspeed(digits: Path, tmp_path: Path) -> None:
     arguments = [f"data.root={digits}", *SETTINGS, *DATA_SET, "train.epochs=5", "engine.name=deepspeed"]
     assert run_job(tmp_path / "run", *arguments, "engine.zero_stage=1", world_size=2) == [0, 0]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["accuracy"]["best"] > 30
+
+
+@pytest.mark.parametrize(
+    ("run", "warmup", "history"),
+    [
+        ("cifar10/mixnn", 9, 1),
+        ("cifar10/mixnn-sym80", 9, 5),
+        ("cifar100/mixnn", 29, 1),
+        ("cifar100/mixnn-sym80", 29, 5),
+    ],
+)
+def test_the_released_code_s_values(run: str, warmup: int, history: int) -> None:
+    """Its scripts warm up while epoch < 10 (30 on CIFAR-100), from epoch 1 on."""
+    config = load_config(REPOSITORY / "configs" / f"{run}.yaml")
+    settings, optim = config.method.mixnn, config.optim
+    assert (settings.warmup_epochs, config.method.mixture.history) == (warmup, history)
+    assert (settings.turning_epoch, settings.momentum, settings.update_every, settings.k) == (60, 0.9, 10, 2)
+    assert (settings.neighbours, settings.mixup_loss, settings.subset) == ("in_batch", "linear", None)
+    assert (optim.lr, optim.momentum, optim.weight_decay, optim.min_lr) == (0.02, 0.9, 1e-3, 1e-3)
+    assert (optim.schedule, optim.restart_epochs) == ("cosine", 10)
+    assert (config.train.epochs, config.train.batch_size, config.model.name) == (300, 128, "resnet34_cifar")
+
+
+@pytest.mark.parametrize("run", ["animal10n/mixnn", "clothing1m/mixnn", "webvision/mini-mixnn"])
+def test_in_a_reconstruction_a_wrong_label_can_change_well_before_the_end(run: str) -> None:
+    """Against constant predictions it does when m^n < 1/2 after n updates."""
+    config = load_config(REPOSITORY / "configs" / f"{run}.yaml")
+    settings = config.method.mixnn
+    due = [e for e in range(settings.turning_epoch, config.train.epochs + 1) if e % settings.update_every == 0]
+    changes = next(e for n, e in enumerate(due, start=1) if settings.momentum**n < 0.5)
+    assert changes <= 0.75 * config.train.epochs

@@ -16,7 +16,7 @@ from nldist.methods.selc import SELC
 from nldist.passes.supervised import Step
 from nldist.train.dry_run import dry_run
 from nldist.train.run_pass import run_pass
-from tests.conftest import run_tool
+from tests.conftest import REPOSITORY, run_tool
 from tests.contexts import open_context, task_of
 from tests.jobs import DIGITS, run_job
 from tests.ranks import run_ranks
@@ -165,3 +165,31 @@ def test_selc_plus_is_a_second_run_on_the_corrected_labels(digits: Path, tmp_pat
     corrected = Index.open(data, "train").labels("selc")
     np.testing.assert_array_equal(corrected, samples["suggested"].to_numpy())
     assert (corrected != build(digits).context.labels).mean() > 0.2
+
+
+@pytest.mark.parametrize(
+    ("run", "es", "momentum", "lr", "weight_decay", "milestones", "epochs", "batch_size", "subset"),
+    [
+        ("cifar10/selc", 40, 0.9, 0.02, 1e-3, [40, 80], 200, 128, None),
+        ("cifar100/selc", 30, 0.9, 0.02, 1e-3, [40, 80], 200, 128, None),
+        ("animal10n/selc", 40, 0.9, 0.1, 1e-3, [50, 75], 100, 128, None),
+        ("clothing1m/selc", 5, 0.8, 0.01, 1e-3, [10, 20], 40, 64, 128_000),
+        ("webvision/mini-selc", 40, 0.9, 0.01, 5e-4, [40, 80], 100, 32, None),
+    ],
+)
+def test_the_released_code_s_values(
+    run: str,
+    es: int,
+    momentum: float,
+    lr: float,
+    weight_decay: float,
+    milestones: list[int],
+    epochs: int,
+    batch_size: int,
+    subset: int | None,
+) -> None:
+    config = load_config(REPOSITORY / "configs" / f"{run}.yaml")
+    selc, optim = config.method.selc, config.optim
+    assert (selc.turning_epoch, selc.momentum, selc.subset) == (es, momentum, subset)
+    assert (optim.lr, optim.weight_decay, optim.milestones) == (lr, weight_decay, milestones)
+    assert (config.train.epochs, config.train.batch_size) == (epochs, batch_size)
