@@ -147,7 +147,9 @@ class Checkpoints:
             _log.warning("checkpoint %s is damaged (%s): left, and kept in %s", path.name, problem, kept)
         for path in self._complete():
             if choice is None or path > choice:
-                _log.info("%s, within an epoch, is of another number of ranks or was drawn otherwise", path)
+                _log.info(
+                    "%s, within an epoch, is of another number of ranks or was drawn otherwise: left behind", path
+                )
                 _remove(path)
 
     def load(self, path: Path, table: SampleTable) -> tuple[Position, dict[str, Any], dict[str, Any] | None]:
