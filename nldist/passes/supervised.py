@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from nldist.data.plan import Plan
+from nldist.data.stream import Batch
 from nldist.data.views import View
 from nldist.dist.engine import Engine
 from nldist.passes.base import Batches, EnginePass
@@ -34,16 +35,25 @@ class Step:
 
 # "loss", and whatever else is to be in the log by its name.
 Loss = Callable[[Engine, Step], Mapping[str, Tensor]]
+Rate = Callable[[float], float]  # the learning rate at a (fractional) epoch
 
 
 class SupervisedPass(EnginePass):
-    """One epoch over all samples with a loss on the given labels."""
+    """One epoch over all samples with a loss on the given labels, at the scheduled learning rate or another one."""
 
     def __init__(
-        self, context: Context, number: int, engine: Engine, epoch: int, loss: Loss, view: View | None = None
+        self,
+        context: Context,
+        number: int,
+        engine: Engine,
+        epoch: int,
+        loss: Loss,
+        view: View | None = None,
+        *,
+        rate: Rate | None = None,
     ) -> None:
         super().__init__(context, number, engine, epoch)
-        self._loss, self._view = loss, view
+        self._loss, self._view, self.rate = loss, view, rate or context.learning_rate
         self.batch = {"all": context.recipe.batch_size}
         self.num_samples, self.num_rows = len(context.train), self.batch["all"]
 
@@ -53,9 +63,12 @@ class SupervisedPass(EnginePass):
 
     def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
         """See Pass."""
-        batch = batches["all"]
+        values = self.values(batches["all"], step)
+        self.engine.step(values["loss"], self.rate(self.progress(step)))
+        return {name: value.detach() for name, value in values.items()}
+
+    def values(self, batch: Batch, step: int) -> Mapping[str, Tensor]:
+        """The loss, with gradient, and what else it gives."""
         images = self.context.view(batch, self.epoch, self.name, self._view)
         random = self.context.generator(self.name, "step", self.epoch, step, self.context.world.rank)
-        values = self._loss(self.engine, Step(batch.ids, batch.labels, images, self.progress(step), random))
-        self.descend(values["loss"], step)
-        return {name: value.detach() for name, value in values.items()}
+        return self._loss(self.engine, Step(batch.ids, batch.labels, images, self.progress(step), random))
