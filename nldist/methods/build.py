@@ -1,8 +1,14 @@
 """The methods, by name."""
 
+from nldist.methods.co_teaching import CoTeaching
+from nldist.methods.co_teaching_plus import CoTeachingPlus
 from nldist.methods.cross_entropy import CrossEntropy
 from nldist.methods.dividemix import DivideMix
+from nldist.methods.elr import ELR
+from nldist.methods.forward import Forward
+from nldist.methods.m_correction import MCorrection
 from nldist.methods.mixup import Mixup
+from nldist.methods.pencil import Pencil
 from nldist.methods.scanmix import ScanMix
 from nldist.passes.context import Context
 from nldist.passes.method import Method
@@ -12,6 +18,12 @@ METHODS: dict[str, type[Method]] = {
     "mixup": Mixup,
     "dividemix": DivideMix,
     "scanmix": ScanMix,
+    "elr": ELR,
+    "co_teaching": CoTeaching,
+    "co_teaching_plus": CoTeachingPlus,
+    "forward": Forward,
+    "pencil": Pencil,
+    "m_correction": MCorrection,
 }
 
 
