@@ -316,6 +316,8 @@ def test_names_may_look_like_numbers(small: Path) -> None:
         ("train.autocast=fp16", "'off' or 'bf16'"),
         ("method.name=dividemax", "'dividemix'"),
         ("method.dividemix.warmup_epochs=21", "more than train.epochs=20"),
+        ("method.name=m_correction", "method.m_correction.warmup_epochs=105 is more than train.epochs=20"),
+        ("method.name=pencil", "warmup_epochs=70 and method.pencil.correction_epochs=130 is more than train.epochs"),
         ("views.train=[{op: twirl}]", "'flip'"),
         ("data.window=some", "data.window='some'"),
         ("track=", "track"),

@@ -117,6 +117,7 @@ class Config(Section):
                 f"train.epochs={self.train.epochs}; lower it or train longer"
             )
         self._check_turning()
+        self._check_lengths()
         return self
 
     def _check_turning(self) -> None:
@@ -130,6 +131,16 @@ class Config(Section):
             )
         if name == "mixnn" and (warmup := self.method.mixnn.warmup_epochs) > es:
             raise ValueError(f"method.mixnn.warmup_epochs={warmup} is more than turning_epoch={es}; lower it")
+
+    def _check_lengths(self) -> None:
+        """train.epochs must have room for the other phases of a baseline."""
+        method, lengths = self.method, ("warmup_epochs", "correction_epochs", "estimate_epochs")
+        if method.name in ("co_teaching_plus", "pencil", "m_correction", "forward"):
+            settings = getattr(method, method.name).model_dump()
+            given = {name: settings[name] for name in lengths if name in settings}
+            if settings.get("transition") is None and sum(given.values()) > self.train.epochs:
+                told = " and ".join(f"method.{method.name}.{name}={value}" for name, value in given.items())
+                raise ValueError(f"{told} is more than train.epochs={self.train.epochs}; lower it or train longer")
 
     def _check_scanmix(self) -> None:
         for name, value in (

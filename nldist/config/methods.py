@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from nldist.config.section import Name, Section
+from nldist.config.section import File, Name, Section
 
 
 class MixtureSection(Section):
@@ -127,6 +127,64 @@ class SELCMethod(Section):
     )
 
 
+class ELRMethod(Section):
+    """Settings of method.name=elr (docs/baselines.md)."""
+
+    beta: float = Field(0.7, ge=0, lt=1, description="share of a sample's target that stays at each update")
+    lambda_elr: float = Field(3.0, ge=0, description="weight of the regularisation")
+
+
+class CoTeachingMethod(Section):
+    """Settings of method.name=co_teaching and co_teaching_plus (docs/baselines.md)."""
+
+    forget_rate: float = Field(
+        0.2, ge=0, lt=1, description="tau, the share that is left out in the end: the noise rate, known or estimated"
+    )
+    gradual_epochs: int = Field(10, ge=1, description="T_k, epochs over which that share grows from 0")
+    exponent: float = Field(1.0, gt=0, description="c, of that growth")
+
+
+class CoTeachingPlusMethod(Section):
+    """Settings of method.name=co_teaching_plus, beside those of method.co_teaching."""
+
+    warmup_epochs: int = Field(20, ge=0, description="epochs of co-teaching before only disagreements are learnt")
+
+
+class ForwardMethod(Section):
+    """Settings of method.name=forward (docs/baselines.md)."""
+
+    transition: File | None = Field(
+        None, description=".npy file of T (C, C), T_ij = p(label j | class i); none = estimated"
+    )
+    estimate_epochs: int = Field(
+        120, ge=1, description="epochs of cross-entropy, before train.epochs, whose network shows T"
+    )
+    percentile: float = Field(
+        97.0, gt=0, le=100, description="a class's anchor is its surest sample below this percentile; 100 = of all"
+    )
+
+
+class PencilMethod(Section):
+    """Settings of method.name=pencil (symbols as in the paper; docs/baselines.md)."""
+
+    warmup_epochs: int = Field(70, ge=0, description="epochs of cross-entropy before labels are learnt")
+    correction_epochs: int = Field(130, ge=0, description="epochs in which labels are learnt; then fine-tuning")
+    alpha: float = Field(0.1, ge=0, description="weight of the compatibility with the given labels")
+    beta: float = Field(0.8, ge=0, description="weight of the predictions' entropy")
+    label_lr: float = Field(600.0, ge=0, description="lambda, learning rate of the labels")
+    label_lr_batch: int = Field(128, ge=1, description="samples per step that label_lr is meant for")
+    finetune_lr: float = Field(0.2, gt=0, description="optim.lr of the fine-tuning, under the same schedule")
+
+
+class MCorrectionMethod(Section):
+    """Settings of method.name=m_correction (docs/baselines.md)."""
+
+    warmup_epochs: int = Field(105, ge=1, description="epochs of mixup before the first mixture")
+    alpha: float = Field(32.0, gt=0, description="mixing weight ~ Beta(alpha, alpha)")
+    bootstrap: Literal["hard", "soft"] = Field("hard", description="towards the predicted class, or the prediction")
+    prior_weight: float = Field(1.0, ge=0, description="weight of the penalty of an uneven mean prediction")
+
+
 class MethodSection(Section):
     """Which method, and the settings of each."""
 
@@ -138,6 +196,12 @@ class MethodSection(Section):
         "lend",
         "mixnn",
         "selc",
+        "elr",
+        "co_teaching",
+        "co_teaching_plus",
+        "forward",
+        "pencil",
+        "m_correction",
     ] = "dividemix"
     ssl: Literal["mixmatch", "sanm"] = Field(
         "mixmatch", description="what dividemix and scanmix do in their semi-supervised epochs"
@@ -149,6 +213,12 @@ class MethodSection(Section):
     lend: LendMethod = LendMethod()
     mixnn: MixNNMethod = MixNNMethod()
     selc: SELCMethod = SELCMethod()
+    elr: ELRMethod = ELRMethod()
+    co_teaching: CoTeachingMethod = CoTeachingMethod()
+    co_teaching_plus: CoTeachingPlusMethod = CoTeachingPlusMethod()
+    forward: ForwardMethod = ForwardMethod()
+    pencil: PencilMethod = PencilMethod()
+    m_correction: MCorrectionMethod = MCorrectionMethod()
     mixture: MixtureSection = MixtureSection()
     soft_dtype: Literal["float32", "float16"] = Field(
         "float32", description="of the soft labels that some methods keep of every sample; float16 halves them"

@@ -29,12 +29,14 @@ class OptimSection(Section):
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD and LARS")
     weight_decay: float = Field(5e-4, ge=0)
     nesterov: bool = Field(False, description="of SGD and LARS")
-    schedule: Literal["step", "cosine"] = Field(
-        "step", description="step: times gamma at each milestone; cosine: towards min_lr, once per epoch"
+    schedule: Literal["step", "cosine", "linear"] = Field(
+        "step",
+        description="step: times gamma at each milestone; cosine: towards min_lr, once per epoch; linear: so, from the "
+        "first milestone on",
     )
     milestones: list[int] = Field([], description="epochs at which schedule=step multiplies the rate by gamma")
     gamma: float = Field(0.1, gt=0, le=1)
-    min_lr: float = Field(0.0, ge=0, description="end of schedule=cosine")
+    min_lr: float = Field(0.0, ge=0, description="end of schedule=cosine and linear")
     restart_epochs: Annotated[int | None, LATER] = Field(
         None, ge=1, description="schedule=cosine begins anew each time after so many epochs; none = it does not"
     )

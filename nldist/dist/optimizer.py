@@ -35,6 +35,10 @@ def learning_rate(optim: OptimSection, epoch: float, num_epochs: int, factor: fl
         period = optim.restart_epochs or num_epochs
         place = int(epoch) % period if optim.restart_epochs else int(epoch)
         rate = optim.min_lr + (rate - optim.min_lr) * (1 + math.cos(math.pi * place / period)) / 2
+    elif optim.schedule == "linear":
+        first = optim.milestones[0] if optim.milestones else 0
+        past = max(0, int(epoch) - first) / max(num_epochs - first, 1)
+        rate = optim.min_lr + (rate - optim.min_lr) * (1 - past)
     else:
         rate *= optim.gamma ** sum(epoch >= milestone for milestone in optim.milestones)
     return rate * min(1.0, epoch / optim.warmup_epochs) if optim.warmup_epochs else rate

@@ -2,28 +2,23 @@
 
 The semantics are those of scikit-learn's `GaussianMixture(n_components=2, max_iter=10, tol=1e-2,
 reg_covar=5e-4)`, which DivideMix and its successors call, early stop included (DivideMix, section 3.1;
-docs/dividemix.md). What crosses ranks are sums over samples. They are taken in fixed point: each
-sample's contribution is rounded to a multiple of a power of two, after which addition is exact and therefore
-has no order. Parameters are bit for bit the same for any number of ranks and any partition of the samples
-(given machines whose `exp` and `log` round alike).
+docs/dividemix.md). What crosses ranks are sums over samples that have no order (nldist.estimate.sums). Parameters are
+bit for bit the same for any number of ranks and any partition of the samples (given machines whose `exp` and `log`
+round alike).
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-import torch
 
 from nldist.dist.world import World
+from nldist.estimate.sums import Sums, blocks, extremes
 
 log = logging.getLogger(__name__)
 
-# Sums of a block are exact in float64: 2^14 integers of at most 2^38 stay below 2^53.
-_BLOCK = 1 << 14
-_MAX_BITS = 38
 # An effective number of samples below which a component's mean is rounding noise.
 _MIN_COUNT = 1e-3
 _MAX_KMEANS_STEPS = 300
@@ -47,7 +42,7 @@ class Mixture:
 
     def clean_probability(self, values: np.ndarray) -> np.ndarray:
         """Posterior of component 0, float64 (n,), for `values` (n,); each depends on its own value alone."""
-        return np.concatenate([_expectation(block, self)[0][:size] for block, size in _blocks(values)])
+        return np.concatenate([_expectation(block, self)[0][:size] for block, size in blocks(values)])
 
 
 def normalise(values: np.ndarray, world: World) -> np.ndarray:
@@ -64,7 +59,7 @@ def normalise(values: np.ndarray, world: World) -> np.ndarray:
         FloatingPointError: on every rank, if any rank has a NaN or an infinity.
     """
     _refuse_non_finite(values, world)
-    low, high = _extremes(values, world)
+    low, high = extremes(values, world)
     spread = high - low
     if not spread > 0:
         return np.zeros(len(values))
@@ -114,7 +109,7 @@ def fit(
     """
     if max_iter < 1 or not reg_covar > 0:
         raise ValueError(f"max_iter must be at least 1 and reg_covar above 0, not {max_iter} and {reg_covar}")
-    sums = _Sums(values, world)
+    sums = Sums(values, world)
     mixture = _maximise(_two_means(sums), sums.total, reg_covar)
     likelihood = -math.inf
     for iteration in range(1, max_iter + 1):
@@ -135,56 +130,6 @@ def fit(
     return _ordered(mixture) if mixture else None
 
 
-class _Sums:
-    """Order-independent sums over the samples of all ranks.
-
-    Attributes:
-        low, high: the extreme values.
-        total: the sums of 1, x and x^2.
-    """
-
-    def __init__(self, values: np.ndarray, world: World) -> None:
-        self._values, self._world = values, world
-        num_outside = len(values) - int(np.count_nonzero((values >= 0) & (values <= 1)))
-        num_samples, num_outside = world.all_reduce(torch.tensor([len(values), num_outside])).tolist()
-        if num_outside:
-            raise ValueError(f"{num_outside} of {num_samples} losses lie outside [0, 1]: normalise them first")
-        self.low, self.high = _extremes(values, world)
-        # A sum must fit int64: num_samples * 2^bits < 2^63.
-        self._scale = 2.0 ** min(_MAX_BITS, 63 - num_samples.bit_length())
-        self.total = self.add(_moments)
-
-    def add(self, terms: Callable[[np.ndarray], tuple[np.ndarray, ...]]) -> list[float]:
-        """Sum each of a block's terms, arrays (b,) between -1 and 1, over all values. A collective."""
-        blocks = (
-            # Integers below 2^53: this sum is exact, in whatever order numpy takes it.
-            [int(np.rint(term[:size] * self._scale).sum()) for term in terms(block)]
-            for block, size in _blocks(self._values)
-        )
-        sums = torch.tensor([sum(column) for column in zip(*blocks, strict=True)])
-        return [number / self._scale for number in self._world.all_reduce(sums).tolist()]
-
-
-def _blocks(values: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-    """Cut (n,) values into float64 blocks (_BLOCK,), the last (or only) one padded, with their true sizes.
-
-    Whole blocks keep numpy from treating the last few elements by other code than the rest, with other
-    rounding, and small ones stay in the cache.
-    """
-    for start in range(0, max(len(values), 1), _BLOCK):
-        part = values[start : start + _BLOCK]
-        block = np.zeros(_BLOCK)
-        block[: len(part)] = part
-        yield block, len(part)
-
-
-def _extremes(values: np.ndarray, world: World) -> tuple[float, float]:
-    """Smallest and largest value on any rank; infinities if there is none."""
-    mine = [values.min(), -values.max()] if len(values) else [math.inf, math.inf]
-    low, negative_high = world.all_reduce(torch.tensor(mine, dtype=torch.float64), "min").tolist()
-    return low, -negative_high
-
-
 def _refuse_non_finite(values: np.ndarray, world: World) -> None:
     bad = np.flatnonzero(~np.isfinite(values))
     first, last = (int(bad[0]), int(bad[-1])) if len(bad) else (0, 0)
@@ -198,10 +143,6 @@ def _refuse_non_finite(values: np.ndarray, world: World) -> None:
         if num_bad
     )
     raise FloatingPointError(f"{facts[:, 1].sum()} of {facts[:, 0].sum()} losses are NaN or infinite ({where})")
-
-
-def _moments(x: np.ndarray) -> tuple[np.ndarray, ...]:
-    return np.ones_like(x), x, x * x
 
 
 def _moments_below(x: np.ndarray, threshold: float) -> tuple[np.ndarray, ...]:
@@ -234,7 +175,7 @@ def _likelihood_limit(reg_covar: float) -> float:
     return 0.5 / reg_covar + 0.5 * math.log(2 * math.pi * (0.25 + reg_covar)) + 1.0
 
 
-def _two_means(sums: _Sums) -> list[float]:
+def _two_means(sums: Sums) -> list[float]:
     """Moments of the lower cluster of 2-means run from (min, max) to its fixed point (docs/dividemix.md)."""
     centres = sums.low, sums.high
     lower: list[float] = []

@@ -23,9 +23,13 @@ class Mixup(Method):
         return [SupervisedPass(self.context, 0, self.engines[0], epoch, self._loss)]
 
     def _loss(self, engine: Engine, step: Step) -> Mapping[str, Tensor]:
-        alpha, num_rows = self.context.config.method.mixup.alpha, len(step.images)
-        weight = float(step.random.beta(alpha, alpha))
-        permutation = torch.from_numpy(step.random.permutation(num_rows)).to(step.images.device)
         targets = one_hot(step.labels, self.context.train.num_classes)
-        (logits,) = engine.forward((mix(step.images, permutation, weight, num_rows), "classify"))
-        return {"loss": soft_cross_entropy(logits, mix(targets, permutation, weight, num_rows))}
+        return {"loss": mixed_cross_entropy(engine, step, targets, self.context.config.method.mixup.alpha)[0]}
+
+
+def mixed_cross_entropy(engine: Engine, step: Step, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the mixed images with the mixed targets, both mixed from (b, ...), and the logits (b, C)."""
+    num_rows, weight = len(step.images), float(step.random.beta(alpha, alpha))
+    permutation = torch.from_numpy(step.random.permutation(num_rows)).to(step.images.device)
+    (logits,) = engine.forward((mix(step.images, permutation, weight, num_rows), "classify"))
+    return soft_cross_entropy(logits, mix(targets, permutation, weight, num_rows)), logits

@@ -7,18 +7,24 @@ from torch import Tensor
 from nldist.dist.table import Column
 from nldist.passes.base import Metrics
 from nldist.passes.context import Context
+from nldist.passes.method import Verdicts
 
 
-def soft_labels(context: Context, name: str) -> Column:
-    """A column (owned, C) on the device in `method.soft_dtype`, that begins as the given labels, one-hot.
+def soft_rows(context: Context, name: str) -> Column:
+    """A column (owned, C) on the device in `method.soft_dtype`, that begins as zeros.
 
     Every epoch sees each sample once, on its owner, and a checkpoint holds the rows: an update within a step happens
     exactly once, also in a run that is killed and resumed.
     """
     dtype = {"float32": torch.float32, "float16": torch.float16}[context.config.method.soft_dtype]
-    column = context.table.add(name, dtype, (context.train.num_classes,), on="device")
+    return context.table.add(name, dtype, (context.train.num_classes,), on="device")
+
+
+def soft_labels(context: Context, name: str, height: float = 1) -> Column:
+    """A column of `soft_rows` that begins as the given labels: `height` at them, 0 elsewhere."""
+    column = soft_rows(context, name)
     labels = torch.from_numpy(context.labels[column.owned.start : column.owned.stop]).long()
-    column.rows.scatter_(1, labels[:, None].to(column.rows.device), 1)
+    column.rows.scatter_(1, labels[:, None].to(column.rows.device), height)
     return column
 
 
@@ -62,3 +68,12 @@ def accuracy(context: Context, column: Column, population: np.ndarray | None = N
     right = (corrected(column) == context.clean[ids])[slice(None) if population is None else np.isin(ids, population)]
     counts = context.world.all_reduce(torch.tensor([int(right.sum()), len(right)]))
     return {"soft_accuracy": 100 * float(counts[0] / counts[1])}
+
+
+def soft_verdicts(context: Context, rows: Tensor) -> Verdicts:
+    """What rows (owned, C) of class probabilities, of any sum, say of the labels; a row of zeros says nothing."""
+    owned, total = context.table.owned, rows.float().sum(1)
+    labels = torch.from_numpy(context.labels[owned.start : owned.stop]).long().to(rows.device)
+    clean = rows.float().gather(1, labels[:, None])[:, 0] / total  # 0 / 0 is NaN: not seen
+    suggested = torch.where(total > 0, rows.argmax(1), -1)
+    return Verdicts(clean.cpu().numpy(), suggested.cpu().numpy().astype(np.int16))

@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from nldist.data.plan import Plan
+from nldist.data.stream import Batch
 from nldist.data.views import View
 from nldist.dist.engine import Engine
 from nldist.passes.base import Batches, EnginePass, Metrics
@@ -34,6 +35,7 @@ class Step:
 
 # "loss", and whatever else is to be in the log by its name.
 Loss = Callable[[Engine, Step], Mapping[str, Tensor]]
+Rate = Callable[[float], float]  # the learning rate at a (fractional) epoch
 
 
 class SupervisedPass(EnginePass):
@@ -47,6 +49,7 @@ class SupervisedPass(EnginePass):
         loss: the paper's step.
         view: random view; None = views.train.
         population: sorted ids; None = all.
+        rate: learning rate at a (fractional) epoch; None = the scheduled one.
         after: gives metrics of what the finished epoch came to. A collective.
     """
 
@@ -59,10 +62,13 @@ class SupervisedPass(EnginePass):
         loss: Loss,
         view: View | None = None,
         population: np.ndarray | None = None,
+        *,
+        rate: Rate | None = None,
         after: Callable[[], Metrics] = dict,
     ) -> None:
         super().__init__(context, number, engine, epoch)
         self._loss, self._view, self._population, self._after = loss, view, population, after
+        self.rate = rate or context.learning_rate
         self.batch = {"all": context.recipe.batch_size}
         self.num_samples = len(context.train) if population is None else len(population)
         self.num_rows = self.batch["all"]
@@ -73,12 +79,15 @@ class SupervisedPass(EnginePass):
 
     def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
         """See Pass."""
-        batch = batches["all"]
+        values = self.values(batches["all"], step)
+        self.engine.step(values["loss"], self.rate(self.progress(step)))
+        return {name: value.detach() for name, value in values.items()}
+
+    def values(self, batch: Batch, step: int) -> Mapping[str, Tensor]:
+        """The loss, with gradient, and what else it gives."""
         images = self.context.view(batch, self.epoch, self.name, self._view)
         random = self.context.generator(self.name, "step", self.epoch, step, self.context.world.rank)
-        values = self._loss(self.engine, Step(batch.ids, batch.labels, images, self.progress(step), random))
-        self.descend(values["loss"], step)
-        return {name: value.detach() for name, value in values.items()}
+        return self._loss(self.engine, Step(batch.ids, batch.labels, images, self.progress(step), random))
 
     def finish(self) -> Metrics:
         """See Pass."""

@@ -148,6 +148,9 @@ def test_learning_rate_schedules() -> None:
     cosine = config(lr=0.4, schedule="cosine", min_lr=4e-4).optim
     assert [learning_rate(cosine, e, 500) for e in (0, 250, 500)] == pytest.approx([0.4, 0.2002, 4e-4])
     assert learning_rate(cosine, 250.9, 500) == learning_rate(cosine, 250, 500), "by epochs, as SimCLR's authors"
+    linear = config(lr=0.001, schedule="linear", milestones=[80]).optim
+    rates = [learning_rate(linear, e, 200) for e in (0, 79, 80, 140.9, 199)]
+    assert rates == pytest.approx([0.001, 0.001, 0.001, 0.0005, 0.001 / 120]), "as co-teaching's authors"
 
 
 def test_a_cosine_restarts_as_torch_s() -> None:

@@ -26,6 +26,21 @@ RUNS: dict[str, tuple[str, ...]] = {
         *("method.mixture.history=3", "train.ema_decay=0.9", "optim.accumulate=2"),
     ),
     "sanm": (*DIVIDE, "method.ssl=sanm", "train.epochs=3", "method.sanm.ratio_low=0.1", "method.sanm.ratio_high=0.3"),
+    "elr": ("method.name=elr", "train.epochs=3"),
+    "co_teaching": (
+        *("method.name=co_teaching", "train.epochs=3", "optim.schedule=linear", "optim.milestones=[1]"),
+        *("method.co_teaching.forget_rate=0.5", "method.co_teaching.gradual_epochs=2"),
+    ),
+    "co_teaching_plus": (
+        *("method.name=co_teaching_plus", "train.epochs=3", "method.co_teaching_plus.warmup_epochs=1"),
+        *("method.co_teaching.forget_rate=0.5", "method.co_teaching.gradual_epochs=2"),
+    ),
+    "forward": ("method.name=forward", "train.epochs=2", "method.forward.estimate_epochs=2"),
+    "pencil": (
+        *("method.name=pencil", "train.epochs=4", "method.pencil.warmup_epochs=1"),
+        *("method.pencil.correction_epochs=2", "method.pencil.label_lr=2000", "method.pencil.finetune_lr=0.04"),
+    ),
+    "m_correction": ("method.name=m_correction", "train.epochs=4", "method.m_correction.warmup_epochs=2"),
     "scanmix": ("method.name=scanmix", "train.epochs=4", "method.dividemix.warmup_epochs=2"),
     "lend": ("method.name=lend", "train.epochs=3", "method.lend.history_from=1"),
     "lend_paper": (

@@ -1,0 +1,76 @@
+"""PENCIL (Yi and Wu, CVPR 2019): docs/baselines.md."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nldist.dist.engine import Engine
+from nldist.methods.cross_entropy import cross_entropy
+from nldist.passes.base import Pass
+from nldist.passes.context import Context
+from nldist.passes.method import Method, Phase, Verdicts
+from nldist.passes.soft import soft_labels, soft_verdicts
+from nldist.passes.supervised import Loss, Rate, Step, SupervisedPass
+
+_K = 10.0  # the paper's: the label of an unchanged sample has e^10 times the weight of each other class
+
+
+class Pencil(Method):
+    """One network and, learnt with it by gradient descent, every sample's label distribution.
+
+    Attributes:
+        variables: rows y~ (owned, C); a sample's distribution is y^d = softmax(y~).
+    """
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.settings = context.config.method.pencil
+        self.variables = soft_labels(context, "label_logits", _K)
+
+    def phases(self) -> list[Phase]:
+        """The paper's three: backbone learning, label learning, final fine-tuning."""
+        settings = self.settings
+        rest = self.context.recipe.epochs - settings.warmup_epochs - settings.correction_epochs
+        return [
+            Phase("backbone", settings.warmup_epochs, lambda epoch: [self._pass(epoch, cross_entropy)]),
+            Phase("labels", settings.correction_epochs, lambda epoch: [self._pass(epoch, self._learn_labels)]),
+            Phase("finetune", rest, self._finetune),
+        ]
+
+    def _pass(self, epoch: int, loss: Loss, rate: Rate | None = None) -> Pass:
+        return SupervisedPass(self.context, 0, self.engines[0], epoch, loss, rate=rate)
+
+    def _finetune(self, epoch: int) -> list[Pass]:
+        factor = self.settings.finetune_lr / self.context.recipe.optim.lr
+        return [self._pass(epoch, self._fit_labels, lambda epoch: factor * self.context.learning_rate(epoch))]
+
+    def _learn_labels(self, engine: Engine, step: Step) -> Mapping[str, Tensor]:
+        """L = L_c / C + alpha L_o + beta L_e / C; and a step of the batch's label variables along it."""
+        (logits,) = engine.forward((step.images, "classify"))
+        variables = self.variables[step.ids].to(logits.dtype).requires_grad_()
+        classification = divergence(logits, variables.log_softmax(1))
+        compatibility = F.cross_entropy(variables.softmax(1), step.labels)  # as the authors' code: docs/baselines.md
+        entropy = -(logits.softmax(1) * logits.log_softmax(1)).mean()
+        loss = classification + self.settings.alpha * compatibility + self.settings.beta * entropy
+        (gradient,) = torch.autograd.grad(loss, variables, retain_graph=True)
+        rate = self.settings.label_lr * len(step.ids) / self.settings.label_lr_batch
+        self.variables[step.ids] = variables.detach() - rate * gradient
+        values = {"loss": loss, "classification": classification, "compatibility": compatibility, "entropy": entropy}
+        return values | {"corrected": (variables.argmax(1) != step.labels).double().mean()}
+
+    def _fit_labels(self, engine: Engine, step: Step) -> Mapping[str, Tensor]:
+        """The fine-tuning: the label distributions stay, the network learns them."""
+        (logits,) = engine.forward((step.images, "classify"))
+        return {"loss": divergence(logits, self.variables[step.ids].to(logits.dtype).log_softmax(1))}
+
+    def verdicts(self) -> Verdicts:
+        """See Method: the label distributions are the method's own opinion."""
+        return soft_verdicts(self.context, self.variables.rows.float().softmax(1))
+
+
+def divergence(logits: Tensor, log_labels: Tensor) -> Tensor:
+    """L_c / C: mean over rows and classes of p log(p / y^d), KL(p || y^d) over C."""
+    log_p = logits.log_softmax(1)
+    return (log_p.exp() * (log_p - log_labels)).mean()
