@@ -1,6 +1,7 @@
 """Files that are never half there."""
 
 import contextlib
+import itertools
 import os
 import uuid
 from collections.abc import Iterator
@@ -28,3 +29,9 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file as a whole."""
     with replacing(path) as aside:
         aside.write_text(text)
+
+
+def free_name(path: Path) -> Path:
+    """`path`, with a number behind it where there is such a file."""
+    others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(other for other in others if not other.exists())

@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
-from tests.mlflow_server import Server
+# Before any of them is imported: the shapes in their signatures are checked at each call.
+install_import_hook(["nldist.losses", "nldist.methods.masks"], "beartype.beartype")
+
+from tests.mlflow_server import Server  # noqa: E402
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -409,6 +409,7 @@ def test_the_free_settings_are_those_that_change_nothing_that_is_learnt() -> Non
     assert "engine.zero_stage" in sections
     assert free(config) == sections | {
         *("run.dir", "run.stages_dir", "data.root", "data.num_workers", "data.cache_dir", "data.cache_gib"),
+        "data.labels_dir",
         *("train.checkpoint_every_steps", "train.keep_checkpoints", "mine.block"),
         *("pretext.knn_every", "pretext.knn_k", "pretext.knn_samples"),
     }
@@ -447,12 +448,12 @@ def test_a_run_directory_of_the_release_before_goes_on(old_run: RunDirectory) ->
     assert "view" not in saved["mine"], "a setting that came later"
     for overrides in ([], ["pretext.knn_every=9", "track.enabled=false", "data.num_workers=3"]):
         old_run.claim(load_config(REPOSITORY / "tests" / "digits.yaml", [*settings, *overrides]))
-        old_run.release()
+        old_run.close()
     saved["engine"] |= {"name": "deepspeed", "zero_stage": 3}  # there is none any more, and it decides nothing
     del saved["optim"]["gamma"], saved["data"]["window"]
     (old_run.path / "config.yaml").write_text(yaml.safe_dump(saved))
     old_run.claim(now)
-    old_run.release()
+    old_run.close()
 
 
 def test_what_the_user_changed_is_named_and_nothing_else(old_run: RunDirectory) -> None:
@@ -463,7 +464,7 @@ def test_what_the_user_changed_is_named_and_nothing_else(old_run: RunDirectory) 
         f"{old_run.path} holds a run with other settings: mine.view (None -> []), optim.lr (0.02 -> 0.03); "
         "set another run.dir or delete the old run"
     )
-    old_run.release()
+    old_run.close()
 
 
 def test_a_section_s_view_is_one_of_views_or_spelt_out() -> None:
@@ -485,3 +486,12 @@ def test_a_section_s_view_is_one_of_views_or_spelt_out() -> None:
     ):
         with pytest.raises(UserError, match=re.escape(told)):
             load_config(digits, overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("runs/a #1", "runs/a #1"), ("#1", "#1"), ("'a #b'", "a #b"), ("runs/a#1", "runs/a#1"), ("2024", "2024")],
+)
+def test_nothing_of_an_override_is_a_comment(text: str, value: str) -> None:
+    assert load_config(REPOSITORY / "tests" / "digits.yaml", [f"track.run_name={text}"]).track.run_name == value
+    assert "valid integer" in complaint(REPOSITORY / "tests" / "digits.yaml", "train.epochs=5 # five")

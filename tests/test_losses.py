@@ -94,3 +94,9 @@ def test_terms_of_the_mean_prediction_have_the_gradient_of_the_concatenated_batc
         assert abs(value - expected.item()) < 1e-12
     gradient = np.concatenate([gradient for _, gradient in results])
     assert np.abs(gradient - whole.grad.numpy()).max() < 1e-12
+
+
+def test_shapes_in_signatures_are_checked() -> None:
+    """Where the tests' conftest asks for it: a target with a class too few would be broadcast."""
+    with pytest.raises(Exception, match="targets"):
+        soft_cross_entropy(torch.zeros(4, 3), torch.zeros(4, 1))

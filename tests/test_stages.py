@@ -2,6 +2,8 @@ import json
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,7 +123,9 @@ def test_killed_in_every_stage_ends_with_the_same_weights(digits: Path, undistur
 
 def test_a_stopped_stage_saves_and_its_last_epoch_goes_on_with_other_ranks(digits: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    assert job(digits, run_dir, "train.checkpoint_every_steps=0", world_size=2, stop=(1, 20)) == [143, 143]
+    in_the_second_epoch = (1, 12)
+    codes = job(digits, run_dir, "train.checkpoint_every_steps=0", world_size=2, stop=in_the_second_epoch)
+    assert codes == [143, 143]
     assert "stopped at" in output(run_dir)
     assert job(digits, run_dir, "train.epochs=2", world_size=3) == [0, 0, 0]
     assert "with 3 rank(s), written by 2" in output(run_dir)
@@ -217,7 +221,7 @@ def test_a_stage_that_another_job_runs_is_left_to_it(digits: Path, tmp_path: Pat
     assert job(digits, run_dir) == [2]
     text = output(run_dir)
     assert "is in use by a running job; another job is running stage pretext there; start this one again" in text
-    other.release()
+    other.close()
 
 
 def test_a_stage_that_ended_before_its_claim_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,3 +268,32 @@ def test_without_pretext_epochs_the_backbone_stays_as_it_came(digits: Path, tmp_
     state = torch.load(stage(run_dir, "pretext") / "weights" / "last.pt", weights_only=True)["networks"][0]
     for name, value in given.backbone.state_dict().items():
         assert torch.equal(state[f"backbone.{name}"], value)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("mine.factory=IVF512,Flat", "the index 'IVF512,Flat' has more lists than there are vectors (360)"),
+        ("mine.factory=IVF", "FAISS knows no index 'IVF'"),
+        ("mine.num_probe=4", "num_probe is for IVF indexes"),
+        ("cluster.holdout=0.999", "cluster.holdout=0.999 leaves"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_the_first(
+    override: str, told: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the 360 images of the evaluation split."""
+    settings = [f"data.root={digits}", *SHORT, "data.train_split=test", "data.label_set=null", override]
+    for command in (["dry-run", str(DIGITS)], ["train", str(DIGITS), f"run.dir={tmp_path / 'run'}", "dist.device=cpu"]):
+        assert main([*command, *settings]) == 2
+        assert told in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("stages/*/weights/*"))
+
+
+def test_more_neighbours_than_images_are_refused(digits: Path) -> None:
+    config = load_config(DIGITS, [f"data.root={digits}", *SHORT, "mine.k=12"])
+    (mine,) = (stage for stage in stages_of(config) if stage.name == "mine")
+    few: Any = SimpleNamespace(train=range(12))
+    with pytest.raises(UserError, match=r"mine\.k=12 neighbours, but an image has 11 others"):
+        mine.check(config, few, 1)
+    mine.check(load_config(DIGITS, [*SHORT, "mine.k=11"]), few, 1)

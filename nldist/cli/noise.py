@@ -20,6 +20,7 @@ from nldist.data.labels import (
     transition_table,
     write_label_set,
 )
+from nldist.data.make.meaning import READINGS, shown
 from nldist.dist.environment import Place
 from nldist.errors import UserError, main_guard
 
@@ -32,6 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("dataset", help="directory of a sharded data set")
     parser.add_argument("--name", required=True, help="of the new label set")
     parser.add_argument("--split", default="train")
+    parser.add_argument("--labels-dir", type=Path, help="where label sets go, if not into DATASET (data.labels_dir)")
     origin = parser.add_mutually_exclusive_group(required=True)
     origin.add_argument("--model", help=f"noise model: {', '.join([*NOISE_MODELS, SEMANTIC])}")
     origin.add_argument("--csv", help="table with a header, a path and a label (class name or id) per row")
@@ -41,6 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="with --model (default 0)")
     parser.add_argument("--path-column", default="path", help="with --csv (default: path)")
     parser.add_argument("--label-column", default="label", help="with --csv (default: label)")
+    parser.add_argument("--labels", choices=READINGS, help="with --csv: what numbers are, where they could be both")
     return parser.parse_args(argv)
 
 
@@ -75,16 +78,16 @@ def semantic(index: Index, args: argparse.Namespace) -> np.ndarray:
 
 def from_csv(index: Index, args: argparse.Namespace) -> np.ndarray:
     """Labels that a table gives."""
-    labels, num_ignored = labels_from_csv(index, args.csv, args.path_column, args.label_column)
+    labels, num_ignored = labels_from_csv(index, args.csv, args.path_column, args.label_column, args.labels)
     if num_ignored:
         print(f"{num_ignored} rows of {args.csv} are about images that the data set does not have: ignored")
     return labels
 
 
-def record_clean(index: Index) -> None:
+def record_clean(index: Index, root: Path) -> None:
     """Make the given labels the label set `clean` unless there is one."""
     if CLEAN not in index.label_sets():
-        write_label_set(index.root, index.split, CLEAN, index.labels())
+        write_label_set(root, index.split, CLEAN, index.labels())
         print(f"the given labels were taken as the true ones and are now the label set {CLEAN!r}")
 
 
@@ -99,6 +102,9 @@ def report(index: Index, name: str, labels: np.ndarray) -> None:
     num_changed = int(np.count_nonzero(reference != noisy))
     share = 100 * num_changed / max(len(labels), 1)
     print(f"{name}: {num_changed} of {len(labels)} {what[0]} ({share:.2f} %) differ from {what[1]}")
+    counts = np.bincount(labels, minlength=index.num_classes)
+    if empty := [name for name, count in zip(index.classes, counts, strict=True) if count == 0]:
+        print(f"{len(empty)} of {index.num_classes} classes have no label: {shown(empty)}")
     print(transition_table(reference, noisy, index.classes))
 
 
@@ -107,12 +113,16 @@ def main(argv: list[str] | None = None) -> None:
     """Make the labels, write them and say what they are like."""
     args = parse(argv)
     label_set_path(args.dataset, args.split, args.name)
-    index = Index.open(args.dataset, args.split)
+    # Where the data set cannot be written, nor can the file of its columns.
+    index = Index.open(args.dataset, args.split, args.labels_dir, args.labels_dir)
+    root = args.labels_dir or index.root
     labels = from_model(index, args) if args.model else from_csv(index, args)
     if Place.find().rank:
         return
-    path = write_label_set(index.root, args.split, args.name, labels)
+    if args.labels_dir and label_set_path(index.root, args.split, args.name).exists():
+        raise UserError(f"{args.dataset} has a label set {args.name!r} of its own: choose another name")
+    path = write_label_set(root, args.split, args.name, labels)
     if args.model:
-        record_clean(index)
+        record_clean(index, root)
     report(index, args.name, labels)
     print(f"written to {path}")

@@ -15,15 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nldist.cli.options import Parser
-from nldist.data.make.build import Summary
+from nldist.data.make.finish import Summary
 from nldist.data.make.images import Limits
+from nldist.data.make.meaning import READINGS
 from nldist.data.make.sources import cifar, digits
 from nldist.data.make.sources.base import Source, read_class_names
 from nldist.data.make.sources.csv import CsvSource
 from nldist.data.make.sources.folder import FolderSource
 from nldist.data.make.sources.webdataset import IndexOptions, index_tars
 from nldist.data.make.writer import WriteOptions, write_split
-from nldist.data.manifest import known_classes
+from nldist.data.manifest import known_classes, read_dataset
 from nldist.errors import main_guard
 
 
@@ -51,7 +52,7 @@ def _runs(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], Summary
     elif arguments.layout == "csv":
         sources = {arguments.split: _csv_source(arguments)}
     else:
-        sources = {arguments.split: FolderSource(arguments.source)}
+        sources = {arguments.split: _folder_source(arguments)}
     return [(split, _writing(source, split, arguments)) for split, source in sources.items()]
 
 
@@ -71,23 +72,36 @@ def _writing(source: Source, split: str, arguments: argparse.Namespace) -> Calla
 def _index_options(arguments: argparse.Namespace) -> IndexOptions:
     return IndexOptions(
         label_key=arguments.label_key,
-        classes=None if arguments.classes is None else tuple(read_class_names(arguments.classes)),
+        classes=_given_classes(arguments),
         limits=Limits(arguments.max_pixels, arguments.max_bytes),
         on_bad=arguments.on_bad,
         num_workers=arguments.workers,
         name=arguments.name,
+        reading=arguments.labels,
+        image_key=arguments.image_key,
+        keys=arguments.keys,
     )
 
 
+def _given_classes(arguments: argparse.Namespace) -> tuple[str, ...] | None:
+    return None if arguments.classes is None else tuple(read_class_names(arguments.classes))
+
+
+def _folder_source(arguments: argparse.Namespace) -> FolderSource:
+    is_there = (arguments.out / "dataset.json").exists()
+    known = tuple(read_dataset(arguments.out)["classes"]) if is_there else None
+    return FolderSource(arguments.source, _given_classes(arguments), known)
+
+
 def _csv_source(arguments: argparse.Namespace) -> CsvSource:
-    known = known_classes(arguments.out, arguments.split)
-    classes = read_class_names(arguments.classes) if arguments.classes else known
+    classes = _given_classes(arguments) or known_classes(arguments.out, arguments.split)
     return CsvSource(
         file=arguments.file,
         root=arguments.root or arguments.file.parent,
         path_column=arguments.path_column,
         label_column=arguments.label_column,
         classes=None if classes is None else tuple(classes),
+        reading=arguments.labels,
     )
 
 
@@ -98,6 +112,7 @@ def _report(place: Path, summary: Summary, seconds: float) -> str:
         f"{place}: {summary.num_samples:,} images in {summary.num_shards:,} shards, "
         f"{len(summary.rejected):,} left out, {seconds:.1f} s"
     ]
+    lines += [f"  {note}" for note in summary.notes]
     lines += [f"  left out: {entry.path}: {entry.reason}" for entry in summary.rejected[:5]]
     return "\n".join(lines)
 
@@ -110,13 +125,15 @@ def _parser() -> Parser:
     split.add_argument("--split", required=True, help="name of the split, such as train or test")
     classes = Parser(add_help=False)
     classes.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line, in label order")
+    labels = Parser(add_help=False)
+    labels.add_argument("--labels", choices=READINGS, help="what numbers are, where they could be both")
 
     folder = layouts.add_parser(
-        "folder", parents=[split, writing, general], help="one sub-directory of images per class"
+        "folder", parents=[split, classes, writing, general], help="one sub-directory of images per class"
     )
     folder.add_argument("source", type=Path)
     table = layouts.add_parser(
-        "csv", parents=[split, classes, writing, general], help="a table with a path and a label per row"
+        "csv", parents=[split, classes, labels, writing, general], help="a table with a path and a label per row"
     )
     table.add_argument("file", type=Path)
     table.add_argument("--root", type=Path, help="what the paths are relative to (default: the table's directory)")
@@ -129,11 +146,22 @@ def _parser() -> Parser:
     layouts.add_parser("digits", parents=[writing, general], help="scikit-learn's 1,797 digits of 8x8 pixels")
     tars = layouts.add_parser(
         "webdataset",
-        parents=[split, classes, general],
+        parents=[split, classes, labels, general],
         help="tars somebody else wrote, indexed where they are",
     )
     tars.add_argument("tars", help="a quoted glob or a URL, brace ranges allowed")
-    tars.add_argument("--label-key", metavar="KEY", help="take labels from this entry of KEY.json, not from KEY.cls")
+    tars.add_argument(
+        "--label-key",
+        metavar="ENTRY",
+        help="take labels from this entry of KEY.json, such as meta.label, not from KEY.cls",
+    )
+    tars.add_argument("--image-key", metavar="EXTENSION", help="which of several images to take, such as input.jpg")
+    tars.add_argument(
+        "--keys",
+        choices=("webdataset", "filename"),
+        default="webdataset",
+        help="a key ends at a name's first dot, or (filename) at its last (%(default)s)",
+    )
     for layout in layouts.choices.values():
         layout.add_argument("out", type=Path, help="the data set's directory; its other splits are kept")
     return parser

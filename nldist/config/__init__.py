@@ -7,7 +7,16 @@ import yaml
 from pydantic import Field, model_validator
 
 from nldist.config.marks import FREE, flat
-from nldist.config.methods import DivideMixMethod, MethodSection, MixtureSection, MixupMethod, ScanMixMethod
+from nldist.config.methods import (
+    DivideMixMethod,
+    LendMethod,
+    MethodSection,
+    MixNNMethod,
+    MixtureSection,
+    MixupMethod,
+    ScanMixMethod,
+    SELCMethod,
+)
 from nldist.config.recipe import Recipe
 from nldist.config.run import (
     DataSection,
@@ -32,8 +41,10 @@ __all__ = [
     "DistSection",
     "DivideMixMethod",
     "EngineSection",
+    "LendMethod",
     "MethodSection",
     "MineSection",
+    "MixNNMethod",
     "MixtureSection",
     "MixupMethod",
     "ModelSection",
@@ -43,6 +54,7 @@ __all__ = [
     "PretextSection",
     "Recipe",
     "RunSection",
+    "SELCMethod",
     "ScanMixMethod",
     "Section",
     "TrackSection",
@@ -74,6 +86,11 @@ class Config(Section):
         for name, section in sections.items():
             if section is not None and isinstance(section.view, str):
                 self._check_view(f"{name}.view", section.view)
+        sanm = self.method.sanm
+        if self.method.ssl == "sanm":
+            needed = ("guess_view", "pair_view", "strong_view")
+            for name in needed if self.method.dividemix.form == "cifar" else needed[:1]:
+                self._check_view(f"method.sanm.{name}", getattr(sanm, name))
         return self
 
     def _check_view(self, setting: str, name: str) -> None:
@@ -90,6 +107,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
         divide = self.method.dividemix
+        if self.method.ssl != "mixmatch" and self.method.name not in ("dividemix", "scanmix"):
+            raise ValueError(f"method.ssl={self.method.ssl} is for dividemix and scanmix, not {self.method.name}")
         if self.method.name == "scanmix":
             self._check_scanmix()
         if self.method.name in ("dividemix", "scanmix") and divide.warmup_epochs > self.train.epochs:
@@ -98,7 +117,20 @@ class Config(Section):
                 f"train.epochs={self.train.epochs}; lower it or train longer"
             )
         self._check_lengths()
+        self._check_turning()
         return self
+
+    def _check_turning(self) -> None:
+        """Soft labels need an epoch after es."""
+        turning = {"mixnn": self.method.mixnn.turning_epoch, "selc": self.method.selc.turning_epoch}
+        name = self.method.name
+        if (es := turning.get(name, 0)) >= self.train.epochs:
+            raise ValueError(
+                f"method.{name}.turning_epoch={es} leaves none of train.epochs={self.train.epochs}; "
+                "lower it or train longer"
+            )
+        if name == "mixnn" and (warmup := self.method.mixnn.warmup_epochs) > es:
+            raise ValueError(f"method.mixnn.warmup_epochs={warmup} is more than turning_epoch={es}; lower it")
 
     def _check_lengths(self) -> None:
         """train.epochs must have room for the other phases of a baseline."""

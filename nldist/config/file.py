@@ -104,10 +104,18 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UserError(f"override '{override}': {section} is a value, not a section")
+    values[key] = _value(text)
+
+
+def _value(text: str) -> Any:
+    """What an override is set to: YAML, in which nothing is a comment."""
     try:
-        values[key] = yaml.safe_load(text)
+        node = yaml.compose(text, yaml.SafeLoader)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
-        values[key] = text
+        return text
+    end = node.end_mark.index if node else 0
+    return text if text[end:].strip() else value
 
 
 def explain(error: ValidationError, schema: type[BaseModel] = Config) -> str:

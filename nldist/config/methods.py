@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from nldist.config.section import File, Section
+from nldist.config.section import File, Name, Section
 
 
 class MixtureSection(Section):
@@ -62,6 +62,69 @@ class ScanMixMethod(Section):
     warmup_view: Literal["weak", "strong"] = Field("strong", description="weak is views.train, strong views.strong")
     ssl_view: ViewName = Field("by_noise", description="by_noise: strong where the estimated noise is high")
     cluster_view: ViewName = Field("by_noise", description="by_noise: strong where the estimated noise is high")
+
+
+class SANMSection(Section):
+    """Settings of method.ssl=sanm (docs/sanm.md); shares are of an image's area."""
+
+    ratio_low: float = Field(0.02, ge=0, le=1, description="s_l: least masking ratio of a sample whose label is right")
+    ratio_high: float = Field(0.07, ge=0, le=1, description="s_h: greatest one")
+    noise_ratio: float = Field(0.03, ge=0, le=1, description="gamma: what it grows by with the probability of noise")
+    area: float = Field(0.5, gt=0, le=1, description="of the ratio, that each of the two masks covers")
+    separate_draws: bool = Field(False, description="draw aspect and filling for each of the two masks (Clothing1M)")
+    lambda_rec: float = Field(0.02, ge=0, description="weight of the reconstruction")
+    guess_view: Name = Field("train", description="view that targets are guessed from and that is masked")
+    pair_view: Name = Field("train", description="view of two more rows of each image (dividemix.form=cifar)")
+    strong_view: Name = Field("strong", description="view of two more rows of each image (dividemix.form=cifar)")
+
+
+class LendMethod(Section):
+    """Settings of method.name=lend (symbols as in the paper; docs/lend.md)."""
+
+    profile: Literal["code", "paper"] = Field("code", description="the authors' code, or the paper: docs/lend.md")
+    k: int = Field(3, ge=2, description="K, neighbours of a sample; profile=code counts the sample itself")
+    gamma: float = Field(3.0, gt=0, description="power of the inner products of features")
+    alpha: float = Field(0.99, gt=0, lt=1, description="how far neighbours' labels count in the dilution")
+    dilution: Literal["closed", "zhou", "lazy"] | None = Field(
+        None,
+        description="closed form, or `steps` of Zhou's iteration or of the paper's; none = the profile's: closed, lazy",
+    )
+    steps: int = Field(3, ge=1, description="T, of dilution=zhou and lazy")
+    beta: float = Field(
+        0.9, ge=0, le=1, description="weight of the given label (profile=code), of the epochs before (profile=paper)"
+    )
+    history_from: int = Field(10, ge=1, description="epoch from which on profile=code looks at the epochs before")
+    graph: Literal["rank", "all_ranks"] = Field("rank", description="over a rank's batch, or those of all ranks as one")
+
+
+class MixNNMethod(Section):
+    """Settings of method.name=mixnn (docs/mixnn.md). Epochs are counted from 1, as in the authors' code."""
+
+    warmup_epochs: int = Field(9, ge=0, description="epochs of cross-entropy at the start")
+    turning_epoch: int = Field(60, ge=0, description="es: mixup until then, synthetic samples after it")
+    mixup_loss: Literal["linear", "cross_entropy"] = Field(
+        "linear", description="of the epochs of mixup; linear: minus the label's probability, as the authors' code"
+    )
+    momentum: float = Field(0.9, ge=0, le=1, description="m of the soft labels' moving average")
+    update_every: int = Field(10, ge=1, description="soft labels move in the epochs from es on that this divides")
+    k: int = Field(2, ge=1, le=256, description="samples that make a synthetic one, itself counted")
+    neighbours: Literal["in_batch", "data_set"] = Field(
+        "in_batch", description="nearest in the rank's batch, as the authors' code, or in the whole data set"
+    )
+    refresh_epochs: int = Field(10, ge=1, description="epochs between searches of neighbours=data_set")
+    subset: int | None = Field(
+        None, ge=2, description="train on about so many samples, class-balanced, the same all the time; none = all"
+    )
+
+
+class SELCMethod(Section):
+    """Settings of method.name=selc (docs/selc.md)."""
+
+    turning_epoch: int = Field(40, ge=0, description="es: epochs of cross-entropy before the labels are corrected")
+    momentum: float = Field(0.9, ge=0, le=1, description="alpha of the soft labels' moving average")
+    subset: int | None = Field(
+        None, ge=2, description="train on about so many samples, class-balanced, the same all the time; none = all"
+    )
 
 
 class ELRMethod(Section):
@@ -130,6 +193,9 @@ class MethodSection(Section):
         "mixup",
         "dividemix",
         "scanmix",
+        "lend",
+        "mixnn",
+        "selc",
         "elr",
         "co_teaching",
         "co_teaching_plus",
@@ -137,9 +203,16 @@ class MethodSection(Section):
         "pencil",
         "m_correction",
     ] = "dividemix"
+    ssl: Literal["mixmatch", "sanm"] = Field(
+        "mixmatch", description="what dividemix and scanmix do in their semi-supervised epochs"
+    )
+    sanm: SANMSection = SANMSection()
     mixup: MixupMethod = MixupMethod()
     dividemix: DivideMixMethod = DivideMixMethod()
     scanmix: ScanMixMethod = ScanMixMethod()
+    lend: LendMethod = LendMethod()
+    mixnn: MixNNMethod = MixNNMethod()
+    selc: SELCMethod = SELCMethod()
     elr: ELRMethod = ELRMethod()
     co_teaching: CoTeachingMethod = CoTeachingMethod()
     co_teaching_plus: CoTeachingPlusMethod = CoTeachingPlusMethod()

@@ -33,6 +33,10 @@ class DataSection(Section):
     train_split: Name = Field("train", description="split to train on")
     eval_split: Name = Field("test", description="split that accuracy is measured on after every epoch")
     label_set: Name | None = Field(None, description="labels to train with; none = the labels in the shards")
+    labels_dir: Annotated[File | None, FREE] = Field(
+        None,
+        description="directory of further label sets, where the data set is read-only (nldist noise --labels-dir)",
+    )
     clean_label_set: Name = Field("clean", description="true labels, where known: only used to measure the split")
     mean: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="RGB mean in [0, 1]")
     std: tuple[float, float, float] = Field((0.25, 0.25, 0.25), description="RGB standard deviation in [0, 1]")

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from nldist.config.marks import FREE
+from nldist.config.marks import FREE, LATER
 from nldist.config.section import Section
 
 Optimizer = Literal["sgd", "adam", "lars", "lamb"]
@@ -37,9 +37,18 @@ class OptimSection(Section):
     milestones: list[int] = Field([], description="epochs at which schedule=step multiplies the rate by gamma")
     gamma: float = Field(0.1, gt=0, le=1)
     min_lr: float = Field(0.0, ge=0, description="end of schedule=cosine and linear")
+    restart_epochs: Annotated[int | None, LATER] = Field(
+        None, ge=1, description="schedule=cosine begins anew each time after so many epochs; none = it does not"
+    )
     warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear increase from 0 at the start")
     clip_norm: float | None = Field(None, gt=0, description="largest allowed norm of the gradient")
     accumulate: int = Field(1, ge=1, description="batches per optimiser step")
+
+    @model_validator(mode="after")
+    def _check_restarts(self) -> "OptimSection":
+        if self.restart_epochs is not None and self.schedule != "cosine":
+            raise ValueError("restart_epochs is for schedule=cosine; set that, or leave it out")
+        return self
 
 
 class TrainSection(Section):

@@ -45,7 +45,9 @@ class Index:
     sends its place only; the process that unpickles it maps the file again.
     """
 
-    def __init__(self, root: Path, split: str, cache_dir: Path | None, facts: dict[str, Any]) -> None:
+    def __init__(
+        self, root: Path, split: str, cache_dir: Path | None, labels_dir: Path | None, facts: dict[str, Any]
+    ) -> None:
         self.root = root
         self.split = split
         self.name: str = facts["name"]
@@ -53,17 +55,20 @@ class Index:
         shards = facts["splits"][split]["shards"]
         self.shards: list[str] = [_resolve(root, shard["path"]) for shard in shards]
         self.shard_digests: list[str | None] = [shard.get("sha256") for shard in shards]
-        self._cache_dir = cache_dir
+        self._cache_dir, self._labels_dir = cache_dir, labels_dir
         self._parquet = root / split / "index.parquet"
         self._stamp = _stamp(self._parquet)
         self.records = self._map(facts["splits"][split]["num_samples"])
 
     @classmethod
-    def open(cls, root: str | Path, split: str, cache_dir: str | Path | None = None) -> "Index":
+    def open(
+        cls, root: str | Path, split: str, cache_dir: str | Path | None = None, labels_dir: str | Path | None = None
+    ) -> "Index":
         """Open the split `split` of the data set in the directory `root`.
 
         The first process to open a split writes its columns beside `index.parquet` as a file that can be
-        mapped, or into `cache_dir` where the data set is read-only. From then on opening takes milliseconds.
+        mapped, or into `cache_dir` where the data set is read-only. From then on opening takes milliseconds. Label
+        sets may also lie in `labels_dir`, which is laid out as the data set is.
 
         Raises:
             UserError: there is no such data set or split, or its files contradict each other.
@@ -72,10 +77,11 @@ class Index:
         facts = _read_facts(root)
         if split not in facts["splits"]:
             raise UserError(f"{root}: no split {split!r}; it has {', '.join(sorted(facts['splits']))}")
-        return cls(root, split, Path(cache_dir).absolute() if cache_dir else None, facts)
+        cache, labels = (Path(directory).absolute() if directory else None for directory in (cache_dir, labels_dir))
+        return cls(root, split, cache, labels, facts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.root, self.split, self._cache_dir, self._stamp)
+        return _reopen, (self.root, self.split, self._cache_dir, self._labels_dir, self._stamp)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -122,24 +128,15 @@ class Index:
 
     def keys(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """The keys of `ids`, read from the parquet file (only the row groups that hold them)."""
-        wanted = np.asarray(ids, np.int64)
-        with pq.ParquetFile(self._parquet) as file:
-            rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            ends = np.cumsum(rows)
-            group_of = np.searchsorted(ends, wanted, side="right")
-            keys = [""] * len(wanted)
-            for group in np.unique(group_of):
-                here = np.flatnonzero(group_of == group)
-                column = file.read_row_group(int(group), columns=["key"]).column("key")
-                first = int(ends[group]) - rows[group]
-                found = column.take(pa.array(wanted[here] - first)).to_pylist()
-                for place, key in zip(here.tolist(), found, strict=True):
-                    keys[place] = key
-        return keys
+        return _read_keys(self._parquet, np.asarray(ids, np.int64))
 
     def label_sets(self) -> list[str]:
         """Names of the other label sets of this split."""
-        return sorted(path.stem for path in (self.root / self.split / "labels").glob("*.parquet"))
+        return sorted({path.stem for path in self._label_files()})
+
+    def _label_files(self) -> list[Path]:
+        roots = filter(None, (self.root, self._labels_dir))
+        return [path for root in roots for path in (root / self.split / "labels").glob("*.parquet")]
 
     def labels(self, name: str | None = None) -> np.ndarray:
         """Labels of all images, int32 (N,): the given ones, or those of the label set `name`.
@@ -149,10 +146,13 @@ class Index:
         """
         if name is None:
             return np.ascontiguousarray(self.label)
-        if name not in self.label_sets():
+        paths = [path for path in self._label_files() if path.stem == name]
+        if not paths:
             existing = ", ".join(self.label_sets()) or "none"
             raise UserError(f"{self.root}/{self.split}: no label set {name!r}; there are: {existing}")
-        path = self.root / self.split / "labels" / f"{name}.parquet"
+        if len(paths) > 1:
+            raise UserError(f"two label sets have the name {name!r}: {paths[0]} and {paths[1]}; rename one")
+        path = paths[0]
         table = _read_columns(path, ["id", "label"])
         ids: np.ndarray = table.column("id").to_numpy()
         labels: np.ndarray = table.column("label").to_numpy()
@@ -189,11 +189,13 @@ class Index:
                 if stale != path:
                     stale.unlink(missing_ok=True)
             return path
-        raise UserError(f"{paths[0].parent} is read-only: set data.cache_dir to a directory on this node")
+        raise UserError(
+            f"{paths[0].parent} is read-only: set data.cache_dir to a directory on this node (noise: --labels-dir)"
+        )
 
 
-def _reopen(root: Path, split: str, cache_dir: Path | None, stamp: str) -> Index:
-    index = Index.open(root, split, cache_dir)
+def _reopen(root: Path, split: str, cache_dir: Path | None, labels_dir: Path | None, stamp: str) -> Index:
+    index = Index.open(root, split, cache_dir, labels_dir)
     if index._stamp != stamp:
         raise UserError(f"{root}/{split}: the data set was written again while it was in use; start the run anew")
     return index
@@ -239,6 +241,23 @@ def _read_columns(path: Path, columns: list[str]) -> pa.Table:
         return pq.read_table(path, columns=columns)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
+
+
+def _read_keys(parquet: Path, wanted: np.ndarray) -> list[str]:
+    """The keys of the ids `wanted`, from the row groups that hold them."""
+    with pq.ParquetFile(parquet) as file:
+        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        ends = np.cumsum(rows)
+        group_of = np.searchsorted(ends, wanted, side="right")
+        keys = [""] * len(wanted)
+        for group in np.unique(group_of):
+            here = np.flatnonzero(group_of == group)
+            column = file.read_row_group(int(group), columns=["key"]).column("key")
+            first = int(ends[group]) - rows[group]
+            found = column.take(pa.array(wanted[here] - first)).to_pylist()
+            for place, key in zip(here.tolist(), found, strict=True):
+                keys[place] = key
+    return keys
 
 
 def _can_be_written(folder: Path) -> bool:

@@ -7,6 +7,7 @@ order puts the noise on other images.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
@@ -16,7 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nldist.data.index import Index
-from nldist.data.make.sources.csv import CsvSource
+from nldist.data.make.finish import rejected_of
+from nldist.data.make.keys import keys_of, matched, plain
+from nldist.data.make.lock import locked
+from nldist.data.make.meaning import Reading
+from nldist.data.make.sources.csv import classes_of, read_table
 from nldist.data.manifest import writing
 from nldist.errors import UserError
 
@@ -117,21 +122,26 @@ def write_label_set(root: str | Path, split: str, name: str, labels: np.ndarray)
     path = label_set_path(root, split, name)
     ids = pa.array(np.arange(len(labels), dtype=np.int64))
     table = pa.table({"id": ids, "label": pa.array(labels.astype(np.int32))})
-    if path.exists():
-        if not _holds(path, table):
-            raise UserError(f"{path} exists and holds other labels: choose another name")
-        return path
-    with writing(path) as aside:
-        path.parent.mkdir(exist_ok=True)
-        pq.write_table(table, aside)
+    if not path.exists():
+        Path(root).mkdir(parents=True, exist_ok=True)
+        with locked(Path(root) / ".dataset.lock"):  # two commands may choose one name
+            if not path.exists():
+                with writing(path) as aside:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    pq.write_table(table, aside)
+                return path
+    if not _holds(path, table):
+        raise UserError(f"{path} exists and holds other labels: choose another name")
     return path
 
 
-def labels_from_csv(index: Index, file: str | Path, path_column: str, label_column: str) -> tuple[np.ndarray, int]:
-    """Read labels for the samples of `index` from a table, whose labels are class names or integer ids.
+def labels_from_csv(
+    index: Index, file: str | Path, path_column: str, label_column: str, reading: Reading | None = None
+) -> tuple[np.ndarray, int]:
+    """Read labels for the samples of `index` from a table; what they mean `nldist.data.make.meaning` says.
 
-    A row belongs to the sample whose key is the row's path without its extension, with "_" for dots, and
-    without its first k directories. k is the same for all rows: the smallest that gives every sample a row.
+    A row belongs to the sample whose key is that of the row's path (`nldist.data.make.keys`), without its first k
+    directories. k is the same for all rows: the smallest that gives every sample a row.
 
     Returns:
         labels int32 (N,), and the number of rows that belong to no sample.
@@ -140,17 +150,20 @@ def labels_from_csv(index: Index, file: str | Path, path_column: str, label_colu
         UserError: the table cannot be read or has no such column, a label is not a class, a sample has no
             row, or two rows that disagree.
     """
-    classes = tuple(index.classes)
-    table = CsvSource(Path(file), Path(), path_column, label_column, classes).listing().table
-    keys = [_key(os.fsdecode(path)) for path in table["path"].to_pylist()]
+    paths, texts = read_table(Path(file), path_column, label_column)
+    keys, stems = _keys(paths)
     ids = _match(index, keys, file)
-    given = table["label"].to_numpy()
     known = ids >= 0
+    given, _ = classes_of(texts, Path(file), tuple(index.classes), reading, of_rows=known)
     labels = np.empty(len(index), np.int32)
     labels[ids[known]] = given[known]
     clash = np.flatnonzero(known & (labels[ids] != given))
     if len(clash):
         raise UserError(f"{file}: two rows for {keys[clash[0]]!r} disagree on its label")
+    if len(set(stems)) < len(set(keys)):
+        left_out = tuple(entry.path for entry in rejected_of(index.root, index.split)) or ("\0",)
+        was_sharded = [not os.fsdecode(path).endswith(left_out) for path in paths.to_pylist()]
+        _check_twins(file, np.array(stems, object)[was_sharded], known[was_sharded], given[was_sharded])
     return labels, int(len(keys) - known.sum())
 
 
@@ -214,14 +227,39 @@ def _holds(path: Path, table: pa.Table) -> bool:
         return False
 
 
-def _key(path: str) -> str:
-    """The key that a data set gives a path: no extension, and no dots, at which webdataset splits names."""
-    return os.path.splitext(path.removeprefix("./").lstrip("/"))[0].replace(".", "_")
+def _keys(paths: pa.Array) -> tuple[list[str], list[str]]:
+    """The rows' keys in the form in which they are matched, and the same without what tells apart images of one stem.
+
+    Those that share a name but for the extension have the keys that sharding gave them, if the table has all of them.
+    """
+    written = [plain(os.fsdecode(path)) for path in paths.to_pylist()]
+    names = sorted(os.fsencode(name) for name in set(written))
+    keys = matched(keys_of(pa.array(names, pa.large_binary())).to_pylist())
+    key_of = dict(zip(map(os.fsdecode, names), keys, strict=True))
+    stem_of = {name: os.path.splitext(name)[0].replace(".", "_") for name in key_of}
+    return [key_of[name] for name in written], [stem_of[name] for name in written]
+
+
+def _check_twins(file: str | Path, stems: np.ndarray, known: np.ndarray, given: np.ndarray) -> None:
+    """Of images of one stem all must be samples, or have one label; else some could be taken for others.
+
+    For the data set does not have their extensions. The rows' stems, whether they are samples, and their labels: (N,).
+    """
+    for stem in sorted({*stems[known]} & {*stems[~known]}):
+        if len(set(given[stems == stem])) > 1:
+            raise UserError(
+                f"{file}: two rows for {stem!r} disagree on its label; not all are about samples: leave out those "
+                "that are not"
+            )
 
 
 def _match(index: Index, keys: list[str], file: str | Path) -> np.ndarray:
     """The id that each row's key names, -1 for none, after leaving out as many directories as it takes."""
-    id_of = {key.replace(".", "_"): id_ for id_, key in enumerate(index.keys(range(len(index))))}
+    names = matched(index.keys(range(len(index))))
+    id_of = {name: id_ for id_, name in enumerate(names)}
+    if len(id_of) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise UserError(f"{file}: two samples of the data set have the key {twice!r}, so no path can tell them apart")
     fewest_missing: list[str] = list(id_of)
     for num_left_out in range(max((key.count("/") for key in keys), default=0) + 1):
         stripped = (key.split("/", num_left_out) for key in keys)

@@ -71,6 +71,20 @@ def nearest(
     return _Nearest(anchors, Graph(graph), k)
 
 
+def neighbourhoods(n: int, anchors: Plan, rows: np.ndarray, first: int) -> Plan:
+    """Anchors with all their neighbours; roles "anchors" and "neighbours", those of one anchor together.
+
+    Args:
+        n: number of samples N of the data set.
+        anchors: a plan of ids that this rank owns, role "all".
+        rows: integers (owned, k), the neighbours of the ids that this rank owns.
+        first: the first of these ids.
+
+    The draw of an anchor's j-th neighbour is the anchor's plus j * N, j from 0: it names the pair.
+    """
+    return _Neighbourhoods(n, anchors, rows, first)
+
+
 @dataclass
 class Graph:
     """The rows of a neighbour graph's file, opened at first use."""
@@ -136,3 +150,21 @@ class _Nearest:
         anchors = self.anchors.step(k)["all"]
         rows = self.graph.rows(anchors.ids)[:, : self.k]
         return {"anchors": anchors, "neighbours": Part(rows.reshape(-1), anchors.draws.repeat(rows.shape[1]))}
+
+
+@dataclass(frozen=True)
+class _Neighbourhoods:
+    n: int
+    anchors: Plan
+    neighbours: np.ndarray
+    first: int
+
+    @property
+    def num_steps(self) -> int:
+        return self.anchors.num_steps
+
+    def step(self, k: int) -> dict[str, Part]:
+        anchors = self.anchors.step(k)["all"]
+        rows = self.neighbours[anchors.ids - self.first].astype(np.int64)
+        draws = anchors.draws[:, None] + self.n * np.arange(rows.shape[1])
+        return {"anchors": anchors, "neighbours": Part(rows.reshape(-1), draws.reshape(-1))}

@@ -52,8 +52,8 @@ def sweep(n: int, *, rank: int, size: int, batch_size: int, population: np.ndarr
         mine = Ids.of(n, None, owned(n, rank, size))
         most = max(len(owned(n, r, size)) for r in range(size))
     else:
-        bounds = np.searchsorted(_sorted(population), [r * n // size for r in range(size + 1)])
-        mine = Ids.of(n, population, range(int(bounds[rank]), int(bounds[rank + 1])))
+        bounds = _bounds(_sorted(population), n, size)
+        mine = Ids.of(n, population, range(bounds[rank], bounds[rank + 1]))
         most = int(np.diff(bounds).max())
     return _Sweep(-(-most // batch_size), batch_size, mine)
 
@@ -68,11 +68,13 @@ def shuffled(
     epoch: int,
     window: int | None,
     population: np.ndarray | None = None,
+    aligned: bool = False,
 ) -> Plan:
     """Every id of the population P once, shuffled; role "all"; ceil(|P| / (batch_size * size)) steps.
 
     A rank's slice (by position in the population) is cut evenly into the steps: parts differ by at most one
-    sample and none is larger than `batch_size`, so no step has a tiny batch.
+    sample and none is larger than `batch_size`, so no step has a tiny batch. `aligned` gives each rank the ids that
+    it owns instead, of which the ranks have different numbers: as many steps as the rank with the most of them needs.
 
     Args:
         n: number of samples N of the data set.
@@ -84,11 +86,22 @@ def shuffled(
         window: records are shuffled within windows of this many neighbouring records, and the windows among
             each other, so that reads stay local; None shuffles the rank's whole slice.
         population: sorted ids to train on; all N by default.
+        aligned: see above.
+
+    Raises:
+        ValueError: aligned, and a rank owns none of P.
     """
     total = n if population is None else len(_sorted(population))
-    ids = Ids.of(n, population, owned(total, rank, size))
+    if population is None or not aligned:
+        ids, num_steps = Ids.of(n, population, owned(total, rank, size)), _ceil_div(total, batch_size * size)
+    else:
+        bounds = _bounds(population, n, size)
+        if not np.diff(bounds).all():
+            raise ValueError(f"{total} samples leave some of {size} ranks without any")
+        ids = Ids.of(n, population, range(bounds[rank], bounds[rank + 1]))
+        num_steps = _ceil_div(int(np.diff(bounds).max()), batch_size)
     order = Order(len(ids), window, (seed, epoch, _SHUFFLED, rank, 0))
-    return _Shuffled({"all": _Even(_ceil_div(total, batch_size * size), ids, order)})
+    return _Shuffled({"all": _Even(num_steps, ids, order)})
 
 
 def divided(
@@ -225,6 +238,12 @@ def _sorted(ids: np.ndarray) -> np.ndarray:
     if len(ids) > 1 and not (np.diff(ids) > 0).all():
         raise ValueError("ids must be sorted and distinct")
     return ids
+
+
+def _bounds(population: np.ndarray, n: int, size: int) -> list[int]:
+    """Where each rank's owned ids begin in the population, and its end."""
+    edges: list[int] = np.searchsorted(population, [rank * n // size for rank in range(size + 1)]).tolist()
+    return edges
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -38,6 +38,27 @@ assert Row._fields == RECORD.names
 _decode = torch.ops.image.decode_image
 
 
+class DecodeError(Exception):
+    """A file that training cannot decode; the message says why."""
+
+
+def decoded(data: bytearray | memoryview) -> Tensor:
+    """An image file as training sees it, uint8 (3, height, width): what this decodes is an image, and nothing else is.
+
+    Raises:
+        DecodeError: it is no image, of a kind that torchvision does not read, or has several frames.
+    """
+    try:
+        image: Tensor = _decode(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB.value, True)
+    except (RuntimeError, ValueError) as error:
+        raise DecodeError(_one_line(error)) from error
+    if image.ndim != 3:
+        raise DecodeError("it has several frames")
+    if image.dtype == torch.uint16:  # a PNG file of 16 bits
+        return (image.int() // 257).to(torch.uint8)
+    return image
+
+
 @dataclass
 class Images:
     """Decoded images of one part.
@@ -117,11 +138,9 @@ class Reader:
         if zlib.crc32(data) != row.crc32:
             raise _BadRecordError("its bytes are not those that were indexed (CRC-32)")
         try:
-            image = _decode(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB.value, True)
-        except (RuntimeError, ValueError) as error:
-            raise _BadRecordError(f"cannot be decoded ({_one_line(error)})") from error
-        if image.dtype == torch.uint16:  # a PNG file of 16 bits
-            image = (image.int() // 257).to(torch.uint8)
+            image = decoded(data)
+        except DecodeError as error:
+            raise _BadRecordError(f"cannot be decoded ({error})") from error
         found = tuple(image.shape[1:])
         if found != (row.height, row.width):
             indexed = (row.height, row.width)

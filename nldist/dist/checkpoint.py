@@ -9,7 +9,6 @@ RUN/checkpoints/damaged/                 those in which a start found damage
 """
 
 import contextlib
-import itertools
 import json
 import logging
 import os
@@ -30,7 +29,7 @@ from nldist.dist.checksums import Files, differs, read_sums, write_sums
 from nldist.dist.table import SampleTable, slices_for
 from nldist.dist.world import World
 from nldist.errors import UserError, one_line
-from nldist.files import replacing
+from nldist.files import free_name, replacing
 from nldist.randomness import REVISION
 
 SHARED_FILE = "shared.pt"
@@ -142,13 +141,15 @@ class Checkpoints:
         if not self._world.is_main:
             return
         for path, problem in damaged.items():
-            kept = _free_name(self._directory / "damaged" / path.name)
+            kept = free_name(self._directory / "damaged" / path.name)
             kept.parent.mkdir(exist_ok=True)
             os.replace(path, kept)
             _log.warning("checkpoint %s is damaged (%s): left, and kept in %s", path.name, problem, kept)
         for path in self._complete():
             if choice is None or path > choice:
-                _log.info("%s, within an epoch, is of another number of ranks or was drawn otherwise", path)
+                _log.info(
+                    "%s, within an epoch, is of another number of ranks or was drawn otherwise: left behind", path
+                )
                 _remove(path)
 
     def load(self, path: Path, table: SampleTable) -> tuple[Position, dict[str, Any], dict[str, Any] | None]:
@@ -286,9 +287,3 @@ def _world_size(names: Iterable[str]) -> int:
 
 def _rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.pt"
-
-
-def _free_name(path: Path) -> Path:
-    """`path`, with a number where there is such a file."""
-    others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return path if not path.exists() else next(other for other in others if not other.exists())

@@ -25,13 +25,16 @@ def learning_rate(optim: OptimSection, epoch: float, num_epochs: int, factor: fl
     """The learning rate at a (fractional) epoch of `num_epochs`, for a batch with this `batch_factor`.
 
     A factor above 1 is grown into over lr_rule_epochs (Goyal et al., section 2.2: gradual warm-up). Schedules go by
-    whole epochs (as in the codes of SimCLR's and MoCo's authors, too); what grows at the start goes by steps.
+    whole epochs (as in the codes of SimCLR's and MoCo's authors, too); what grows at the start goes by steps. A cosine
+    may restart (SGDR, arXiv 1608.03983, equation 5 with T_mult = 1).
     """
     if factor > 1 and epoch < optim.lr_rule_epochs:
         factor = 1 + (factor - 1) * epoch / optim.lr_rule_epochs
     rate = optim.lr * factor
     if optim.schedule == "cosine":
-        rate = optim.min_lr + (rate - optim.min_lr) * (1 + math.cos(math.pi * int(epoch) / num_epochs)) / 2
+        period = optim.restart_epochs or num_epochs
+        place = int(epoch) % period if optim.restart_epochs else int(epoch)
+        rate = optim.min_lr + (rate - optim.min_lr) * (1 + math.cos(math.pi * place / period)) / 2
     elif optim.schedule == "linear":
         first = optim.milestones[0] if optim.milestones else 0
         past = max(0, int(epoch) - first) / max(num_epochs - first, 1)

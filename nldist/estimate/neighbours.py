@@ -148,6 +148,13 @@ def _empty_index(dim: int, factory: str, num_probe: int | None) -> faiss.Index:
     return index
 
 
+def check_factory(dim: int, factory: str, num_probe: int | None, num_vectors: int) -> None:
+    """Refuse (UserError) what `ShardedIndex.build` would: an unknown index, or one that so few vectors cannot train."""
+    lists = faiss.try_extract_index_ivf(_empty_index(dim, factory, num_probe))
+    if lists is not None and lists.nlist > num_vectors:
+        raise UserError(f"the index {factory!r} has more lists than there are vectors ({num_vectors}); choose Flat")
+
+
 def _train(index: faiss.Index, vectors: np.ndarray, world: World, factory: str, seed: int) -> np.ndarray:
     """The index, trained on rank 0, as bytes (n,) uint8 on every rank. A collective."""
     sample = _training_sample(index, vectors, world, seed)

@@ -59,4 +59,4 @@ def claim(configs: Sequence[Config]) -> None:
     for config in configs:
         run = RunDirectory(config.run.dir)
         run.claim(config)
-        run.release()
+        run.close()

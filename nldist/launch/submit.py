@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import os
+import re
 import shlex
 import signal
 import socket
@@ -108,7 +109,12 @@ def check_cluster(cluster: Cluster, settings: ClusterSettings) -> None:
 def executor(
     cluster: Cluster, folder: Path, name: str, settings: ClusterSettings, dependency: str | None = None
 ) -> submitit.AutoExecutor:
-    """submitit's executor with the settings; its log files, one per rank, are in `folder`."""
+    """submitit's executor with the settings; its log files, one per rank, are in `folder`.
+
+    Raises:
+        UserError: the log files would be lost in a folder of this name.
+    """
+    _check_name(cluster, folder.absolute())
     # A job must not wait for ever for a stage that has failed.
     waits = {"kill-on-invalid-dep": "yes"} if dependency else {}
     chosen = submitit.AutoExecutor(folder=folder, cluster=cluster)
@@ -136,6 +142,13 @@ def executor(
         parameters[f"slurm_{option}"] = getattr(settings, option)
     chosen.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
     return chosen
+
+
+def _check_name(cluster: Cluster, folder: Path) -> None:
+    """Refuse (UserError) a folder in whose name submitit, or Slurm as well, would put in numbers of jobs and ranks."""
+    if found := re.search("%" if cluster == "slurm" else "%[jtaA]", str(folder)):
+        who, what = "Slurm" if cluster == "slurm" else "submitit", str(folder)[found.start() : found.start() + 2]
+        raise UserError(f"{folder}: {who} puts something else in the place of {what}; set a run.dir without %")
 
 
 def _srun(settings: ClusterSettings) -> list[str]:

@@ -6,10 +6,13 @@ from nldist.methods.cross_entropy import CrossEntropy
 from nldist.methods.dividemix import DivideMix
 from nldist.methods.elr import ELR
 from nldist.methods.forward import Forward
+from nldist.methods.lend import Lend
 from nldist.methods.m_correction import MCorrection
+from nldist.methods.mixnn import MixNN
 from nldist.methods.mixup import Mixup
 from nldist.methods.pencil import Pencil
 from nldist.methods.scanmix import ScanMix
+from nldist.methods.selc import SELC
 from nldist.passes.context import Context
 from nldist.passes.method import Method
 
@@ -18,6 +21,9 @@ METHODS: dict[str, type[Method]] = {
     "mixup": Mixup,
     "dividemix": DivideMix,
     "scanmix": ScanMix,
+    "lend": Lend,
+    "mixnn": MixNN,
+    "selc": SELC,
     "elr": ELR,
     "co_teaching": CoTeaching,
     "co_teaching_plus": CoTeachingPlus,

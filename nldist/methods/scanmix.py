@@ -38,12 +38,11 @@ class ScanMix(DivideMix):
         self.scan = context.config.method.scanmix
         self.noise_rate: float | None = None  # estimated once, after the warm-up
 
-    def build_engines(self) -> list[Engine]:
-        """See Method."""
-        return [self.context.engine(number, self._with_clusters, partly=True) for number in range(self.num_networks)]
+    is_partly = True
 
-    def _with_clusters(self, network: Network) -> Network:
-        return network.add("cluster", nn.Linear(network.num_features, self.context.train.num_classes))
+    def shape(self, network: Network) -> Network:
+        """See DivideMix."""
+        return super().shape(network).add("cluster", nn.Linear(network.num_features, self.context.train.num_classes))
 
     def start(self) -> None:
         """Begin both networks, and both heads of each, from the best epoch of the clustering (docs/scanmix.md)."""
@@ -51,10 +50,6 @@ class ScanMix(DivideMix):
         for engine in self.engines:
             engine.model.load_state_dict(state, strict=False)
             engine.model.heads["cluster"].load_state_dict(engine.model.heads["classify"].state_dict())
-
-    def weights(self) -> list[dict[str, Tensor]]:
-        """The networks with their classification heads alone: plain classifiers."""
-        return [engine.evaluated.classifier_state() for engine in self.engines]
 
     def _warmup(self, epoch: int) -> list[Pass]:
         """Only the classification head learns, so that wrong labels do not spoil the features (docs/scanmix.md)."""

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from nldist.dist.engine import Backbone, Call
 
-_ATTRIBUTES = {"classify": "head", "cluster": "cluster_head", "project": "projector"}  # heads in weights files
+# Heads in weights files.
+_ATTRIBUTES = {"classify": "head", "cluster": "cluster_head", "project": "projector", "reconstruct": "decoder"}
+_OF_MAPS = {"maps", "reconstruct"}  # outputs that need no pooled features
 _OLD_KEYS = (("classifier.", ""), ("heads.", "cluster_head."))  # beginnings that nldist 0.1 wrote in checkpoints
 
 
@@ -21,7 +23,7 @@ class Network(nn.Module):
         backbone: with timm's two methods: forward_features(images) gives maps, forward_head(maps, pre_logits=True)
             pooled features (b, num_features).
         num_features: F.
-        heads: by name, each (b, F) -> (b, ...).
+        heads: by name, each (b, F) -> (b, ...); but "reconstruct", of the last feature map.
     """
 
     def __init__(self, backbone: nn.Module, num_features: int, **heads: nn.Module) -> None:
@@ -63,11 +65,13 @@ class Network(nn.Module):
             self.backbone.eval()  # its statistics, too
         with torch.set_grad_enabled(torch.is_grad_enabled() and backbone == "learns"):
             maps = self.backbone.forward_features(images)  # type: ignore[operator]
-            features = self.backbone.forward_head(maps, pre_logits=True)  # type: ignore[operator]
+            features = None
+            if set(names) - _OF_MAPS:
+                features = self.backbone.forward_head(maps, pre_logits=True)  # type: ignore[operator]
         if backbone == "stays":
             self.backbone.train(mode)
         own = {"maps": maps, "features": features}
-        return [own[name] if name in own else self.heads[name](features) for name in names]
+        return [own[name] if name in own else self.heads[name](own[_source(name)]) for name in names]
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled features (b, F) of normalised images (b, 3, h, w)."""
@@ -92,6 +96,10 @@ class Projector(nn.Sequential):
         """Projections (b, dim) of length 1, at least float32 also under autocast."""
         projections: Tensor = super().forward(features)  # type: ignore[no-untyped-call]
         return F.normalize(projections.to(torch.promote_types(projections.dtype, torch.float32)), dim=1)
+
+
+def _source(head: str) -> str:
+    return "maps" if head in _OF_MAPS else "features"
 
 
 def _rename_old_keys(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:

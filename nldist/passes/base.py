@@ -51,6 +51,9 @@ class Pass(ABC):
         """Where a checkpoint taken now, after `num_done` steps, would go on; None where none can be taken."""
         return num_done
 
+    def sync(self) -> None:  # noqa: B027
+        """Bring to the disk what the pass itself has written: a checkpoint is about to be taken."""
+
     @abstractmethod
     def finish(self) -> Metrics:
         """Complete the pass; return metrics that hold for all ranks; rank 0 may have more, to report. A collective."""
@@ -100,15 +103,17 @@ class Split:
 
     Attributes:
         losses: (owned,) normalised, NaN where not seen.
-        clean_probability: (owned,), NaN where not seen.
+        clean_probability: (owned,) of the given labels, NaN where not seen.
         mixture: of the losses; None where there is none.
         tau: a sample counts as clean above this probability.
+        labels: (owned,) that the losses are of; None: the given ones.
     """
 
     losses: np.ndarray
     clean_probability: np.ndarray
     mixture: Mixture | None
     tau: float
+    labels: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

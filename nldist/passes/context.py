@@ -11,7 +11,7 @@ from torch import Tensor
 from nldist.config import Config, Recipe
 from nldist.data.cache import ShardCache
 from nldist.data.index import Index
-from nldist.data.plan import Plan, shuffled, sweep
+from nldist.data.plan import Plan, balanced, shuffled, sweep
 from nldist.data.stream import Batch, Stream
 from nldist.data.views import View
 from nldist.dist.build_engine import build_engine
@@ -19,6 +19,7 @@ from nldist.dist.engine import Engine
 from nldist.dist.optimizer import batch_factor, learning_rate
 from nldist.dist.table import SampleTable
 from nldist.dist.world import World
+from nldist.errors import UserError
 from nldist.models import Network, build_model
 from nldist.passes.data import Data
 from nldist.randomness import seed_of
@@ -119,8 +120,20 @@ class Context:
         network = build_model(model.name, self.train.num_classes, pretrained=model.pretrained)
         return build_engine(shape(network), self.config, self.world, self.recipe, partly=partly)
 
-    def shuffled(self, epoch: int, name: str, batch_size: int) -> Plan:
-        """A shuffled plan over all training samples; `name` tells the plans of one epoch apart."""
+    def subset(self, num_samples: int | None) -> np.ndarray | None:
+        """A class-balanced subset of about so many training samples, fixed for the run: sorted ids; None: all."""
+        if num_samples is None:
+            return None
+        num_classes = self.train.num_classes
+        if num_samples < (least := max(num_classes, 4 * self.world.size)):
+            raise UserError(f"method.{self.config.method.name}.subset={num_samples} is too small: set {least} or more")
+        return balanced(self.labels, num_samples, seed=self.seed("subset"), epoch=0, num_classes=num_classes)
+
+    def shuffled(self, epoch: int, name: str, batch_size: int, population: np.ndarray | None = None) -> Plan:
+        """A shuffled plan over all training samples (of `population`, sorted ids), each on its owner.
+
+        `name` tells the plans of one epoch apart.
+        """
         return shuffled(
             len(self.train),
             rank=self.world.rank,
@@ -129,6 +142,8 @@ class Context:
             seed=self.seed(name, "plan"),
             epoch=epoch,
             window=self.config.data.window,
+            population=population,
+            aligned=True,
         )
 
     def sweep(self, num_samples: int, population: np.ndarray | None = None) -> Plan:

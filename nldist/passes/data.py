@@ -36,7 +36,7 @@ class Data:
         Raises:
             UserError: they are not there, or do not belong together.
         """
-        train = Index.open(settings.root, settings.train_split, settings.cache_dir)
+        train = Index.open(settings.root, settings.train_split, settings.cache_dir, settings.labels_dir)
         evaluation = Index.open(settings.root, settings.eval_split, settings.cache_dir)
         if train.classes != evaluation.classes:
             splits = f"splits {settings.train_split} and {settings.eval_split}"

@@ -45,6 +45,6 @@ class JointPass(SupervisedPass):
 
     def finish(self) -> Metrics:
         """See Pass."""
-        for engine in self.engines:
+        for engine in self.engines[1:]:
             engine.finish_pass()
-        return {}
+        return super().finish()

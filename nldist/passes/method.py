@@ -14,6 +14,7 @@ from nldist.config.marks import naming
 from nldist.dist.engine import Engine
 from nldist.passes.base import Pass
 from nldist.passes.context import Context
+from nldist.passes.data import Data
 from nldist.passes.evaluate import EvaluationPass
 
 _VERSION = 1  # of what stages compute: to be raised when the same settings come to mean something else
@@ -58,9 +59,6 @@ class Method(ABC):
     def build_engines(self) -> list[Engine]:
         """The engines of the networks; by default of plain classifiers."""
         return [self.context.engine(number) for number in range(self.num_networks)]
-
-    def check(self, world_size: int) -> None:  # noqa: B027
-        """Refuse (UserError) a number of ranks that the settings do not fit."""
 
     def start(self) -> None:  # noqa: B027
         """Take over what the stages before left, if anything; called before the first step, not on a resume."""
@@ -125,6 +123,7 @@ class Stage:
         needs: the stages that it builds on.
         settings: beginnings of the names of the settings that decide about its outcome, beside the shared ones.
         views: what else decides: views under the names of the settings that choose them.
+        check: refuses (UserError) settings that do not fit the data or the number of ranks, before any stage begins.
     """
 
     name: str
@@ -133,6 +132,7 @@ class Stage:
     needs: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     views: Callable[[Config], dict[str, Any]] = lambda config: {}
+    check: Callable[[Config, Data, int], None] = lambda config, data, world_size: None
 
     def decides(self, config: Config) -> list[Any]:
         """What decides about its outcome, beside the images and the stages before: of plain values."""

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from nldist.dist.table import Column
+from nldist.passes.base import Metrics
 from nldist.passes.context import Context
 from nldist.passes.method import Verdicts
 
@@ -34,3 +35,45 @@ def soft_verdicts(context: Context, rows: Tensor) -> Verdicts:
     clean = rows.float().gather(1, labels[:, None])[:, 0] / total  # 0 / 0 is NaN: not seen
     suggested = torch.where(total > 0, rows.argmax(1), -1)
     return Verdicts(clean.cpu().numpy(), suggested.cpu().numpy().astype(np.int16))
+
+
+def update(column: Column, ids: Tensor, logits: Tensor, momentum: float) -> Tensor:
+    """Moving average of predictions: s <- m s + (1 - m) softmax(logits), without a gradient.
+
+    Args:
+        column: soft labels.
+        ids: (b,) whose; owned.
+        logits: (b, C).
+        momentum: m.
+
+    Returns:
+        Their new rows (b, C), in the logits' precision.
+    """
+    logits = logits.detach()
+    rows = momentum * column[ids].to(logits) + (1 - momentum) * logits.softmax(1)
+    column[ids] = rows
+    return rows
+
+
+def given_share(context: Context, column: Column) -> np.ndarray:
+    """What each owned sample's soft label leaves to its given label, float32 (owned,)."""
+    labels = torch.from_numpy(context.labels[column.owned.start : column.owned.stop]).long()
+    shares: np.ndarray = column.rows.gather(1, labels[:, None].to(column.rows.device))[:, 0].float().cpu().numpy()
+    return shares
+
+
+def corrected(column: Column) -> np.ndarray:
+    """The class that each owned sample's soft label is largest for, (owned,)."""
+    classes: np.ndarray = column.rows.argmax(1).cpu().numpy()
+    return classes
+
+
+def accuracy(context: Context, column: Column, population: np.ndarray | None = None) -> Metrics:
+    """How many per cent of the soft labels are largest for the true class, where that is known. A collective."""
+    if context.clean is None:
+        return {}
+    owned = column.owned
+    ids = np.arange(owned.start, owned.stop)
+    right = (corrected(column) == context.clean[ids])[slice(None) if population is None else np.isin(ids, population)]
+    counts = context.world.all_reduce(torch.tensor([int(right.sum()), len(right)]))
+    return {"soft_accuracy": 100 * float(counts[0] / counts[1])}

@@ -10,7 +10,7 @@ from nldist.data.plan import Plan
 from nldist.data.stream import Batch
 from nldist.data.views import View
 from nldist.dist.engine import Engine
-from nldist.passes.base import Batches, EnginePass
+from nldist.passes.base import Batches, EnginePass, Metrics
 from nldist.passes.context import Context
 
 
@@ -39,7 +39,19 @@ Rate = Callable[[float], float]  # the learning rate at a (fractional) epoch
 
 
 class SupervisedPass(EnginePass):
-    """One epoch over all samples with a loss on the given labels, at the scheduled learning rate or another one."""
+    """One epoch over all samples with a loss on the given labels, at the scheduled learning rate or another one.
+
+    Args:
+        context: of the run.
+        number: the network's.
+        engine: the network's.
+        epoch: in the whole run.
+        loss: the paper's step.
+        view: random view; None = views.train.
+        population: sorted ids; None = all.
+        rate: the learning rate; None = the scheduled one.
+        after: gives metrics of what the finished epoch came to. A collective.
+    """
 
     def __init__(
         self,
@@ -49,17 +61,21 @@ class SupervisedPass(EnginePass):
         epoch: int,
         loss: Loss,
         view: View | None = None,
+        population: np.ndarray | None = None,
+        after: Callable[[], Metrics] = dict,
         *,
         rate: Rate | None = None,
     ) -> None:
         super().__init__(context, number, engine, epoch)
-        self._loss, self._view, self.rate = loss, view, rate or context.learning_rate
+        self._loss, self._view, self._population, self._after = loss, view, population, after
+        self.rate = rate or context.learning_rate
         self.batch = {"all": context.recipe.batch_size}
-        self.num_samples, self.num_rows = len(context.train), self.batch["all"]
+        self.num_samples = len(context.train) if population is None else len(population)
+        self.num_rows = self.batch["all"]
 
     def plan(self) -> Plan:
         """See Pass."""
-        return self.context.shuffled(self.epoch, self.name, self.batch["all"])
+        return self.context.shuffled(self.epoch, self.name, self.batch["all"], self._population)
 
     def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
         """See Pass."""
@@ -72,3 +88,7 @@ class SupervisedPass(EnginePass):
         images = self.context.view(batch, self.epoch, self.name, self._view)
         random = self.context.generator(self.name, "step", self.epoch, step, self.context.world.rank)
         return self._loss(self.engine, Step(batch.ids, batch.labels, images, self.progress(step), random))
+
+    def finish(self) -> Metrics:
+        """See Pass."""
+        return super().finish() | self._after()

@@ -19,6 +19,21 @@ from nldist.passes.method import Verdicts
 
 TAU = 0.5  # as likely right as wrong
 Output = Callable[[Tensor], Tensor]  # of images (b, 3, h, w), in eval mode, without a gradient
+Labels = Callable[[Tensor], Tensor]  # of owned ids (b,), int64 (b,)
+
+
+def label_quality(context: Context, clean_probability: np.ndarray, tau: float) -> Metrics:
+    """How well these tell the given labels that are right (see `split_quality`), where that is known. A collective.
+
+    Args:
+        context: of the run.
+        clean_probability: (owned,) of the given labels, NaN where not seen.
+        tau: above it a label counts as right.
+    """
+    clean, truth = context.world.all_gather(clean_probability), None
+    if context.clean is not None and context.world.is_main:  # it reports
+        truth = context.clean == context.labels
+    return split_quality(clean, truth, tau)
 
 
 class Sweep(Pass):
@@ -84,6 +99,7 @@ class LossSweep(Sweep):
         after: makes of this finished sweep what there is to be made; gives metrics of it. A collective.
         name: of the pass.
         population: sorted ids; None = all.
+        labels: that the losses are of; None = the given ones.
     """
 
     def __init__(
@@ -94,9 +110,10 @@ class LossSweep(Sweep):
         *,
         name: str = "sweep",
         population: np.ndarray | None = None,
+        labels: Labels | None = None,
     ) -> None:
         super().__init__(context, name, population)
-        self._logits, self._after = logits, after
+        self._logits, self._after, self._labels = logits, after, labels
         self._splits: dict[str, Split] = {}
 
     @staticmethod
@@ -116,8 +133,9 @@ class LossSweep(Sweep):
     def see(self, batch: Batch, images: Tensor) -> None:
         """See Sweep."""
         table, everyone = self.context.table, {name: logits(images) for name, logits in self._logits.items()}
+        labels = batch.labels if self._labels is None else self._labels(batch.ids)
         for name, logits in everyone.items():
-            losses = F.cross_entropy(logits, batch.labels, reduction="none")
+            losses = F.cross_entropy(logits, labels, reduction="none")
             if not losses.isfinite().all():
                 raise UserError(f"net{name} has diverged (loss not finite); lower optim.lr or set optim.clip_norm")
             table[f"loss{name}"][batch.ids] = losses
@@ -132,10 +150,7 @@ class LossSweep(Sweep):
     def divided(self, name: str, split: Split) -> Metrics:
         """Keep the division by a network's losses, to be plotted; returns its quality. A collective."""
         self._splits[f"net{name}"] = split
-        clean, truth = self.context.world.all_gather(split.clean_probability), None
-        if self.context.clean is not None and self.context.world.is_main:  # it reports
-            truth = self.context.clean == self.context.labels
-        quality = split_quality(clean, truth, split.tau)
+        quality = label_quality(self.context, split.clean_probability, split.tau)
         if split.mixture is not None:
             gap = float(np.ptp(split.mixture.means))
             quality |= {"mixture_iterations": split.mixture.num_iterations, "mixture_gap": gap}

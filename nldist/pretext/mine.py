@@ -1,5 +1,6 @@
 """Stage mine: features of every image in one sweep, then the graph of nearest neighbours (ScanMix, section 3.2)."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,16 +14,19 @@ from nldist.data.plan import Part, Plan
 from nldist.data.views import ViewOp
 from nldist.dist.checkpoint import load_file
 from nldist.dist.engine import Engine
+from nldist.errors import UserError
 from nldist.estimate.graph import GraphFile, neighbours_of, normalise, open_graph, purity
-from nldist.estimate.neighbours import ShardedIndex
+from nldist.estimate.neighbours import ShardedIndex, check_factory
 from nldist.models import Network
 from nldist.passes.base import Batches, Curves, Metrics, Pass
 from nldist.passes.context import Context
+from nldist.passes.data import Data
 from nldist.passes.method import Method, Phase, Stage
 from nldist.passes.sweep import FeatureSweep
 from nldist.pretext.base import with_projector
 
 GRAPH_FILE = "neighbours.npy"
+_WIDEST = 2048  # features of common backbones, at most
 
 
 def _view(config: Config) -> str | list[ViewOp]:
@@ -122,10 +126,9 @@ class SearchPass(Pass):
         self._file.write(ids.start, neighbours_of(self._index, ids, self._settings.k))
         return {}
 
-    def resume_step(self, num_done: int) -> int | None:
-        """What has been written is in the file, also after a crash of the node."""
+    def sync(self) -> None:
+        """What has been written is then in the file, also after a crash of the node."""
         self._file.flush()
-        return num_done
 
     def finish(self) -> Metrics:
         """Name the file, and measure how often neighbours have the same label: the given one, and the true one."""
@@ -158,4 +161,18 @@ class _Blocks:
         return {}
 
 
-MINE = Stage("mine", _recipe, Mine, needs=("pretext",), settings=("mine.",), views=_views)
+def _check(config: Config, data: Data, _: int) -> None:
+    mine, pretext, num_samples = config.mine, config.pretext, len(data.train)
+    assert pretext is not None
+    if mine.k >= num_samples:
+        raise UserError(f"mine.k={mine.k} neighbours, but an image has {num_samples - 1} others; set less")
+    dim = pretext.dim if mine.layer == "projector" else _WIDEST
+    check_factory(dim, mine.factory, mine.num_probe, num_samples)
+    needed = 4 * num_samples * (mine.k + dim)  # the graph, and a checkpoint of the features
+    folder = (config.run.stages_dir or config.run.dir).absolute()
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise UserError(f"stage mine leaves {needed / 2**30:.1f} GiB below {place}, where {free / 2**30:.1f} are free")
+
+
+MINE = Stage("mine", _recipe, Mine, needs=("pretext",), settings=("mine.",), views=_views, check=_check)

@@ -11,7 +11,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nldist.dist.engine import average_buffers
 from nldist.dist.rows import Exchange, gather_rows, global_mean, row_counts
-from nldist.errors import UserError
 from nldist.passes.base import Batches, Metrics, Pass
 from nldist.passes.context import Context
 from nldist.pretext.base import Pretext, PretextPass
@@ -34,15 +33,6 @@ class MoCo(Pretext):
         self.queue = F.normalize(start, dim=1).to(context.world.device)
         self.pointer = 0
         self._follow = get_ema_multi_avg_fn(self.settings.momentum)  # type: ignore[no-untyped-call]
-
-    def check(self, world_size: int) -> None:
-        """See Method."""
-        batch = self.context.recipe.batch_size * world_size
-        if self.settings.queue < batch:
-            raise UserError(
-                f"pretext.queue={self.settings.queue} is smaller than a step's {batch} images "
-                f"(pretext.batch_size times {world_size} ranks); set {batch} or more"
-            )
 
     @property
     def extra_bytes(self) -> int:

@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from nldist.config import Config, Recipe
+from nldist.config import ClusterSection, Config, Recipe
 from nldist.data.neighbour_plan import nearest
 from nldist.data.plan import Plan
 from nldist.dist.checkpoint import load_file
@@ -18,6 +18,7 @@ from nldist.losses import agreement
 from nldist.models import Network
 from nldist.passes.base import Batches, Metrics, Pass
 from nldist.passes.context import Context
+from nldist.passes.data import Data
 from nldist.passes.evaluate import EvaluationPass
 from nldist.passes.method import Method, Phase, Stage
 from nldist.pretext.pairs import NeighbourPass, find, graph_path
@@ -42,16 +43,8 @@ class Scan(Method):
         super().__init__(context)
         num_samples = len(context.train)
         order = context.generator("holdout").permutation(num_samples)
-        num_kept = max(round(self.settings.holdout * num_samples), 1)
+        num_kept = _num_kept(self.settings, num_samples)
         self.kept_apart, self.anchors = np.sort(order[:num_kept]), np.sort(order[num_kept:])
-
-    def check(self, world_size: int) -> None:
-        """See Method."""
-        if len(self.anchors) < 2 * world_size:
-            raise UserError(
-                f"cluster.holdout={self.settings.holdout} leaves {len(self.anchors)} anchors for {world_size} rank(s); "
-                "lower it"
-            )
 
     def build_engines(self) -> list[Engine]:
         """See Method."""
@@ -214,4 +207,16 @@ def _views(config: Config) -> dict[str, Any]:
     return {"cluster.view": config.cluster.view, "views.eval": config.views.eval}
 
 
-CLUSTER = Stage("cluster", _recipe, Scan, needs=("pretext", "mine"), settings=("cluster.",), views=_views)
+def _num_kept(settings: ClusterSection, num_samples: int) -> int:
+    return max(round(settings.holdout * num_samples), 1)
+
+
+def _check(config: Config, data: Data, world_size: int) -> None:
+    assert config.cluster is not None
+    num_anchors = len(data.train) - _num_kept(config.cluster, len(data.train))
+    if num_anchors < 2 * world_size:
+        told = f"cluster.holdout={config.cluster.holdout} leaves {num_anchors} anchors for {world_size} rank(s)"
+        raise UserError(f"{told}; lower it")
+
+
+CLUSTER = Stage("cluster", _recipe, Scan, needs=("pretext", "mine"), settings=("cluster.",), views=_views, check=_check)

@@ -14,7 +14,7 @@ import yaml
 from nldist.config import Config
 from nldist.config.file import load_config, parse_config
 from nldist.config.marks import deciding, free_sections
-from nldist.dist.checkpoint import load_file, save_file
+from nldist.dist.checkpoint import load_file, newest_shared, save_file
 from nldist.errors import UserError
 from nldist.files import write_text
 from nldist.models import Network, build_model, check_revision
@@ -41,6 +41,15 @@ class RunDirectory:
             self._lock = (self.path / LOCK_FILE).open("w")
         except OSError as error:
             raise UserError(f"run directory {self.path} cannot be written: {error.strerror}") from None
+        try:
+            self._wait(advice, patience_seconds)
+            if config is not None:
+                self._check_same(config)
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait(self, advice: str, patience_seconds: float) -> None:
         until = time.monotonic() + patience_seconds
         while not self._locked():
             if time.monotonic() > until:
@@ -49,8 +58,6 @@ class RunDirectory:
                     raise TimeoutError(f"{problem}, after {patience_seconds:.0f} s still")
                 raise UserError(f"{problem}; {advice}")
             time.sleep(0.5)
-        if config is not None:
-            self._check_same(config)
 
     def _locked(self) -> bool:
         assert self._lock is not None
@@ -63,11 +70,11 @@ class RunDirectory:
             raise UserError(f"{self.path} cannot be locked ({error.strerror}): its file system needs locks") from None
         return True
 
-    def release(self) -> None:
-        """Leave the directory to other jobs."""
-        assert self._lock is not None
-        self._lock.close()
-        self._lock = None
+    def close(self) -> None:
+        """Leave the directory to other jobs, if it was claimed."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def write_config(self, config: Config) -> None:
         """Write config.yaml, once all of it has proved usable."""
@@ -99,8 +106,8 @@ class RunDirectory:
 
     def _check_network(self, name: str) -> None:
         """Refuse (UserError) to go on with a network of this name from what an earlier nldist saved of another one."""
-        for file in sorted(self.path.glob("checkpoints/*/shared.pt"))[-1:]:
-            check_revision(load_file(file, mmap=True), name, self.path)
+        if (shared := newest_shared(self.path / "checkpoints")) is not None:
+            check_revision(shared, name, self.path)
 
     def config(self, overrides: Sequence[str] = ()) -> Config:
         """The configuration that the run was started with, with overrides such as data.root=..."""

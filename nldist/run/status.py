@@ -62,17 +62,26 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     Raises:
         UserError: no job has begun there.
     """
+    if not (run_dir / STATUS_FILE).exists():
+        raise UserError(f"{run_dir} has no {STATUS_FILE}: no job has begun there")
+    return _read(run_dir / STATUS_FILE)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What a JSON file of a run holds."""
     try:
-        facts: dict[str, Any] = json.loads((run_dir / STATUS_FILE).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{run_dir} has no {STATUS_FILE}: no job has begun there") from None
-    return facts
+        facts = json.loads(file.read_text())
+        if isinstance(facts, dict):
+            return facts
+        problem = "it holds no JSON object"
+    except (OSError, ValueError) as error:
+        problem = one_line(error)
+    raise UserError(f"{file} is damaged ({problem}): delete it, the command that made the run writes it again")
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
     """What RUN/summary.json holds; None until the run has ended."""
-    file = run_dir / SUMMARY_FILE
-    return json.loads(file.read_text()) if file.exists() else None
+    return _read(run_dir / SUMMARY_FILE) if (run_dir / SUMMARY_FILE).exists() else None
 
 
 def is_claimed(run_dir: Path) -> bool:

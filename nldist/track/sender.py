@@ -77,7 +77,7 @@ class Sender:
 
     def __init__(self, run_dir: Path) -> None:
         """Take store, experiment and name from the run's last start in its outbox."""
-        self.run_dir = run_dir
+        self.run_dir = run_dir.absolute()  # the process changes its directory (see `connect`)
         starts = [event for event, _ in read_lines(run_dir / OUTBOX_FILE) if event["event"] == "start"]
         self._first_start, self._start = starts[0], starts[-1]
         self.uri: str = self._start["uri"]
@@ -87,7 +87,9 @@ class Sender:
     def send(self) -> None:
         """Send all that the run directory holds and MLflow does not. Raises whatever MLflow raises."""
         if self._mlflow is None:
-            self._mlflow = connect(self.uri)
+            self._mlflow, told = connect(self.uri)
+            if told:
+                say(told)
         if self._state.run_id is None:
             self._open_run()
         self._send_metrics(METRICS_FILE)
@@ -260,7 +262,7 @@ def main() -> int:
             return 1
         return 0
     if args.system_seconds:
-        threading.Thread(target=sample_system, args=(args.run_dir, args.system_seconds), daemon=True).start()
+        threading.Thread(target=sample_system, args=(sender.run_dir, args.system_seconds), daemon=True).start()
     follow(sender, stop)
     return 0
 

@@ -3,37 +3,61 @@
 import contextlib
 import os
 import re
+import shlex
 import uuid
 from pathlib import Path
 from typing import Any
 
 from nldist.errors import UserError
+from nldist.track.migrate import migrate_copied, refuse_older
 
 MAX_NAME_LENGTH = 250
 DATABASES = r"(postgresql|mysql|mssql)(\+\w+)?://"
+ODD = "%?#"  # what has a meaning in a URI
 
 
 def resolve_uri(uri: str) -> str:
-    """A store's URI with the path of a SQLite file made absolute. `UserError` if MLflow has no such store."""
-    if uri.startswith("sqlite:///"):
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    """A store's URI with the path of a SQLite file, which stands in it as it is, made absolute.
+
+    Raises:
+        UserError: MLflow has no such store.
+    """
+    if (database := sqlite_path(uri)) is not None:
+        if set(database.name) & set(ODD):
+            raise UserError(f"track.uri: MLflow would misread the file name {database.name!r}; give one without {ODD}")
+        return f"sqlite:///{database.absolute()}"
     if not re.match(f"https?://|{DATABASES}", uri):
         raise UserError(f"track.uri: {uri!r} is no MLflow store: use sqlite:////PATH/mlflow.db or http://HOST:PORT")
     return uri
 
 
-def connect(uri: str) -> Any:
-    """An `MlflowClient` for a store, after making the SQLite file if there is none."""
+def connect(uri: str) -> tuple[Any, str | None]:
+    """An `MlflowClient` for a store, after making the SQLite file if there is none; and what there is to tell of it.
+
+    For a process of its own: it changes to the directory of a SQLite file. MLflow then knows the file by its name
+    alone, and no directory's % ? # has a place in a URI, where MLflow's and SQLAlchemy's releases read it differently.
+
+    Raises:
+        UserError: the store is of an older MLflow, and none that could be copied before it is migrated.
+    """
     from mlflow import MlflowClient
 
-    database = sqlite_path(uri)
-    if database and not database.exists():
-        create_database(database)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    database, told = sqlite_path(uri), None
+    if database is not None:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        os.chdir(database.parent)
+        uri = f"sqlite:///{database.name}"
+        if database.exists():
+            told = migrate_copied(database)
+        else:
+            create_database(database)
+    elif re.match(DATABASES, uri):
+        refuse_older(uri)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri), told
 
 
 def create_database(path: Path) -> None:
-    """Make MLflow's tables in a file aside, then put it in place unless another job was first.
+    """Make MLflow's tables in a file aside, then put it in place unless another job was first. In the file's directory.
 
     MLflow creates and migrates in place without a lock: jobs that start together fail in each other's steps.
     Aside, the migrations need not reach the disk one by one, which takes seconds: one flush at the end does.
@@ -41,11 +65,10 @@ def create_database(path: Path) -> None:
     from mlflow import MlflowClient
     from sqlalchemy import Engine, event
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     event.listen(Engine, "connect", _without_flush)
     try:
-        MlflowClient(tracking_uri=f"sqlite:///{part}", registry_uri=f"sqlite:///{part}").search_experiments()
+        MlflowClient(tracking_uri=f"sqlite:///{part.name}", registry_uri=f"sqlite:///{part.name}").search_experiments()
         with part.open("rb") as file:
             os.fsync(file.fileno())
         with contextlib.suppress(FileExistsError):
@@ -62,6 +85,16 @@ def _without_flush(connection: Any, _: Any) -> None:
 def sqlite_path(uri: str) -> Path | None:
     """The file of a `sqlite:///PATH` store, None for any other store."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def open_command(uri: str) -> str:
+    """What to type (or which page to open) to look at a store."""
+    if uri.startswith("http"):
+        return masked(uri)
+    database, command = sqlite_path(uri), "mlflow ui --backend-store-uri "
+    if database is not None and set(str(database)) & set(ODD):
+        return f"cd {shlex.quote(str(database.parent))} && {command}{shlex.quote(f'sqlite:///{database.name}')}"
+    return command + shlex.quote(masked(uri))
 
 
 def valid_name(name: str) -> str:

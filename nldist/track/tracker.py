@@ -17,7 +17,7 @@ from typing import Any, Literal
 from nldist.errors import UserError
 from nldist.track.jsonl import JsonLines, read_lines, to_json
 from nldist.track.sender import HEAD, METRICS_FILE, OUTBOX_FILE, State
-from nldist.track.store import masked, resolve_uri
+from nldist.track.store import masked, open_command, resolve_uri
 
 logger = logging.getLogger(__name__)
 
@@ -131,11 +131,7 @@ class Tracker:
     @property
     def open_command(self) -> str | None:
         """What to type (or which page to open) to look at the run in MLflow; None without MLflow."""
-        if self._uri is None:
-            return None
-        if self._uri.startswith("http"):
-            return masked(self._uri)
-        return f"mlflow ui --backend-store-uri {shlex.quote(masked(self._uri))}"
+        return open_command(self._uri) if self._uri is not None else None
 
     def _open_outbox(self, experiment: str, run_name: str, params: Mapping[str, Any]) -> None:
         """Write this start to the outbox, with the parameters that are new or changed since the last one."""
@@ -194,6 +190,8 @@ def sync(run_dir: Path) -> None:
         errors = process.stderr.read().decode(errors="replace").strip()
         if process.wait() != 0:
             raise UserError(f"{run_dir}: MLflow did not take the records: {errors}")
+        if errors:
+            print(errors, file=sys.stderr)
 
 
 def start_sender(run_dir: Path, *options: str, stderr: int | None = None) -> subprocess.Popen[bytes]:

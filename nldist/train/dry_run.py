@@ -36,6 +36,7 @@ def dry_run(config: Config, world_size: int) -> Iterator[str]:
     yield from _data_lines(Context(config, TRAIN.name, config.recipe, world, data))
     directories = stage_directories(config, data.fingerprint(labels=False)) | {TRAIN.name: config.run.dir}
     for stage in stages_of(config):
+        stage.check(config, data, world_size)
         path = directories[stage.name]
         done = stage is not TRAIN and RunDirectory(path).summary is not None
         yield f"stage       {stage.name} in {path}{' (done before: it will not run)' if done else ''}"
@@ -44,7 +45,6 @@ def dry_run(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _method_lines(context: Context, method: Method, settings: EngineSection, world_size: int) -> Iterator[str]:
-    method.check(world_size)
     yield from _phase_lines(context, method, world_size)
     yield from _memory_lines(context, method, settings, world_size)
 

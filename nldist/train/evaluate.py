@@ -13,6 +13,7 @@ from nldist.config import Config
 from nldist.data.index import Index
 from nldist.data.stream import Batch
 from nldist.dist.world import World
+from nldist.errors import UserError
 from nldist.files import write_text
 from nldist.passes.context import Context
 from nldist.passes.data import Data
@@ -67,6 +68,8 @@ def _evaluation(run: RunDirectory, config: Config, world: World, split: str, wei
 
 def _context(config: Config, world: World, split: str) -> Context:
     """A context with one split, and its own labels."""
+    if not config.data.root.exists():
+        raise UserError(f"the run's data set is not in {config.data.root}; if it has moved, add data.root=ITS_PLACE")
     index = Index.open(config.data.root, split, config.data.cache_dir)
     return Context(config, "evaluate", config.recipe, world, Data(index, index, index.label, None))
 

@@ -105,6 +105,7 @@ class Trainer:
         self._stop = self._stop_check.due(num_done)
         if self._stop or 0 < self.config.train.checkpoint_every_steps <= self._steps_since_save:
             position = self.progress.position
+            task.sync()
             self._save(Position(position.epoch, position.pass_index, resume_step))
         return not self._stop
 

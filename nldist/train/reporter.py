@@ -13,6 +13,7 @@ from nldist.dist.checkpoint import Position
 from nldist.dist.optimizer import batch_factor
 from nldist.dist.stop import REQUEST
 from nldist.passes.base import Pass, Split
+from nldist.passes.context import Context
 from nldist.passes.method import Method, Verdicts
 from nldist.report import plots
 from nldist.report.samples import write_samples
@@ -59,17 +60,7 @@ class Reporter:
                 f"saved by nldist {version}, goes on with {__version__}: CHANGELOG.md has what is computed otherwise"
             )
         if world_size != self._context.world.size:
-            self.say(self._what_changes(world_size))
-
-    def _what_changes(self, size_before: int) -> str:
-        """What another number of ranks means for learning."""
-        optim, batch = self._context.recipe.optim, self._context.global_batch
-        before = batch // self._context.world.size * size_before
-        rule = "lr stays (optim.lr_batch is not set)"
-        if optim.lr_batch is not None:
-            factors = [batch_factor(optim, size) for size in (before, batch)]
-            rule = f"lr {optim.lr * factors[0]:.4g} -> {optim.lr * factors[1]:.4g} (optim.lr_rule={optim.lr_rule})"
-        return f"another number of ranks: global batch {before} -> {batch}, {rule}; batches are other ones from here on"
+            self.say(_what_changes(self._context, world_size))
 
     def batch_size(self) -> None:
         """Training begins: what its global batch means for the learning rate."""
@@ -113,6 +104,7 @@ class Reporter:
 
     def _histogram(self, name: str, split: Split, epoch: int) -> None:
         context, losses = self._context, self._context.world.all_gather(split.losses)
+        used = context.labels if split.labels is None else context.world.all_gather(split.labels)
         if not self._is_main:
             return
         seen, mixture, labels = ~np.isnan(losses), split.mixture, context.config.data.label_set or "given labels"
@@ -123,7 +115,7 @@ class Reporter:
             path,
             losses[seen],
             (mixture.means, mixture.variances, mixture.weights) if mixture else None,
-            clean_mask=None if context.clean is None else (context.clean == context.labels)[seen],
+            clean_mask=None if context.clean is None else (context.clean == used)[seen],
             tau=split.tau,
             title=f"{context.train.name}, {labels}: {name}, {when}",
         )
@@ -163,24 +155,12 @@ class Reporter:
         if not self._is_main:
             return
         self._score_curve(record["scores"])
-        summary = {"stage": self._stage, **self._facts(), **summarise(score, record)}
+        summary = {"stage": self._stage, **_facts(context), **summarise(score, record)}
         self._run.write_summary(summary)
         self._tracker.artifact(path / "summary.json")
         self.say(closing_line(path, summary))
         if self._tracker.open_command:
             self.say(f"MLflow: {self._tracker.open_command}")
-
-    def _facts(self) -> dict[str, Any]:
-        context, config = self._context, self._context.config
-        return {
-            "method": config.method.name,
-            "data_set": context.train.name,
-            "label_set": config.data.label_set,
-            "num_samples": len(context.train),
-            "model": config.model.name,
-            "seed": config.run.seed,
-            "world_size": context.world.size,
-        }
 
     def _score_curve(self, scores: list[float]) -> None:
         """The score of every epoch that has one, where two or more have."""
@@ -193,3 +173,27 @@ class Reporter:
         epochs, values = zip(*points, strict=True)
         plots.curves(path, {self._run.path.name: (epochs, values)}, ylabel=f"{label}{unit}", title=f"{label} by epoch")
         self._tracker.artifact(path, "plots")
+
+
+def _what_changes(context: Context, size_before: int) -> str:
+    """What another number of ranks means for learning."""
+    optim, batch = context.recipe.optim, context.global_batch
+    before = batch // context.world.size * size_before
+    rule = "lr stays (optim.lr_batch is not set)"
+    if optim.lr_batch is not None:
+        factors = [batch_factor(optim, size) for size in (before, batch)]
+        rule = f"lr {optim.lr * factors[0]:.4g} -> {optim.lr * factors[1]:.4g} (optim.lr_rule={optim.lr_rule})"
+    return f"another number of ranks: global batch {before} -> {batch}, {rule}; batches are other ones from here on"
+
+
+def _facts(context: Context) -> dict[str, Any]:
+    config = context.config
+    return {
+        "method": config.method.name,
+        "data_set": context.train.name,
+        "label_set": config.data.label_set,
+        "num_samples": len(context.train),
+        "model": config.model.name,
+        "seed": config.run.seed,
+        "world_size": context.world.size,
+    }

@@ -6,6 +6,7 @@ that it builds on. So a stage whose inputs have changed is another stage, and no
 ranks is not in it: what a finished stage left is used on any number.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -55,9 +56,11 @@ def train(config: Config, only: Sequence[str] | None = None) -> int:
         if world.is_main:
             run.claim(config, patience_seconds=_patience_seconds())
         world.barrier()
-        with status.of_job(world.size):
+        with contextlib.closing(run), status.of_job(world.size):
             data = Data.open(config.data)
             data.check(world)
+            for stage in stages:
+                stage.check(config, data, world.size)
             directories = world.broadcast_object(stage_directories(config, data.fingerprint(labels=False)))
             opened = _Run(config, world, data, directories, status)
             for stage in stages[:-1]:
@@ -131,7 +134,7 @@ class _Run:
         if self.world.is_main:
             if code == 0:  # a finished stage is not gone on with: what it left are weights and tables
                 shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
-            run.release()
+            run.close()
         return code
 
     def run(self, stage: Stage, run: RunDirectory) -> int:
@@ -141,7 +144,6 @@ class _Run:
             config, stage.name, stage.recipe(config), world, self.data, run.path / "tables", self.directories
         )
         method = stage.build(context)
-        method.check(world.size)
         fingerprint = self.data.fingerprint(labels=method.uses_labels)
         checkpoints = Checkpoints(run.path / "checkpoints", world, config.train.keep_checkpoints, fingerprint)
         progress = Progress(method, checkpoints, run, stage.name)
@@ -176,7 +178,7 @@ def _is_done(name: str, run: RunDirectory, world: World, *, claim: bool) -> bool
             run.claim(None, advice, patience_seconds=_patience_seconds())
             done = run.summary is not None
             if done:
-                run.release()
+                run.close()
         if done:
             print(f"{name}: done before, {run.path}", flush=True)
     return world.broadcast_object(done)

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nldist.data.neighbour_plan import nearest, neighbours
-from nldist.data.plan import Plan, sweep
+from nldist.data.index import owned
+from nldist.data.neighbour_plan import nearest, neighbourhoods, neighbours
+from nldist.data.plan import Plan, shuffled, sweep
 
 N, K = 103, 6
 
@@ -109,3 +110,22 @@ def test_nearest_gives_each_owned_anchor_with_its_first_neighbours(graph: Path) 
                 assert np.array_equal(step["neighbours"].draws, ids.repeat(5))
                 seen += ids.tolist()
         assert seen == population.tolist()
+
+
+def test_a_neighbourhood_has_all_neighbours_of_an_anchor_under_names_of_their_own() -> None:
+    rows = np.random.default_rng(0).integers(N, size=(N, 3)).astype(np.int32)
+    for size in (1, 2, 3):
+        seen = []
+        for rank in range(size):
+            mine = owned(N, rank, size)
+            anchors = shuffled(N, rank=rank, size=size, batch_size=8, seed=3, epoch=1, window=None)
+            plan = neighbourhoods(N, anchors, rows[mine.start : mine.stop], mine.start)
+            assert plan.num_steps == anchors.num_steps
+            for k in range(plan.num_steps):
+                step = plan.step(k)
+                ids, draws = step["anchors"].ids, step["neighbours"].draws
+                assert np.array_equal(step["neighbours"].ids.reshape(-1, 3), rows[ids])
+                assert len(set(draws.tolist())) == len(draws)
+                assert np.array_equal(draws % N, ids.repeat(3)), "by the anchor, and which of its neighbours it is"
+                seen += ids.tolist()
+        assert sorted(seen) == list(range(N))

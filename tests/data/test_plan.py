@@ -69,6 +69,25 @@ def test_shuffled_covers_the_population_once_in_even_parts(
     assert len(ranks[0]) == -(-len(wanted) // (16 * size))
 
 
+@pytest.mark.parametrize("size", WORLDS)
+@pytest.mark.parametrize("population", [None, _some(N, 333), np.arange(0, N, 3)[:300]])
+def test_shuffled_can_stay_with_the_owners(size: int, population: np.ndarray | None) -> None:
+    make = partial(shuffled, N, batch_size=16, seed=1, epoch=2, window=50, population=population, aligned=True)
+    if population is not None and population.max() < (size - 1) * N // size:
+        with pytest.raises(ValueError, match=rf"300 samples leave some of {size} ranks without any"):
+            make(rank=0, size=size)
+        return
+    ranks, wanted = _all(make, size), np.arange(N) if population is None else population
+    most = 0
+    for rank, parts in enumerate(ranks):
+        mine = owned(N, rank, size)
+        assert sorted(_ids(parts)) == [i for i in wanted if i in mine]
+        sizes = [len(part.ids) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+        most = max(most, sum(sizes))
+    assert len(ranks[0]) == -(-most // 16)
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_shuffled_never_exceeds_the_batch_size(batch_size: int) -> None:
     for n in range(1, 200, 7):

@@ -16,7 +16,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from nldist.data.make.build import Summary
+from nldist.data.make.finish import Summary
 from nldist.data.make.sources.folder import FolderSource
 from nldist.data.make.writer import WriteOptions, write_split
 from nldist.errors import UserError

@@ -153,6 +153,18 @@ def test_learning_rate_schedules() -> None:
     assert rates == pytest.approx([0.001, 0.001, 0.001, 0.0005, 0.001 / 120]), "as co-teaching's authors"
 
 
+def test_a_cosine_restarts_as_torch_s() -> None:
+    optim = config(lr=0.02, schedule="cosine", min_lr=1e-3, restart_epochs=10).optim
+    reference = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(reference, T_0=10, eta_min=1e-3)
+    for epoch in range(35):
+        assert learning_rate(optim, epoch + 0.7, 300) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9), epoch
+        reference.step()
+        schedule.step()
+    with pytest.raises(ValueError, match="restart_epochs is for schedule=cosine"):
+        config(restart_epochs=10)
+
+
 def test_the_rate_follows_the_global_batch() -> None:
     assert batch_factor(config().optim, 4096) == 1, "no rule without the batch that lr is meant for"
     assert batch_factor(config(lr_batch=128).optim, 512) == 4

@@ -16,10 +16,7 @@ from tests.jobs import output, run_job
         ("rank-00001.pt", cut, "rank 1: rank-00001.pt: "),
         ("rank-00001.pt", lose, "rank 1: rank-00001.pt: No such file or directory"),
         ("shared.pt", flip, "rank 0: shared.pt: another checksum"),
-        pytest.param(
-            *("shared.pt", cut, "rank 0: shared.pt: "),
-            marks=pytest.mark.xfail(strict=True, reason="RunDirectory._check_network reads the newest one before"),
-        ),
+        ("shared.pt", cut, "rank 0: shared.pt: "),
     ],
 )
 def test_a_run_goes_on_from_the_newest_whole_checkpoint(

@@ -13,6 +13,10 @@ from tests.jobs import output, run_job
 
 FOLDER = Path(__file__).parent
 DIVIDE = ("method.name=dividemix", "train.epochs=4", "method.dividemix.warmup_epochs=2")
+MIXNN = (
+    *("method.name=mixnn", "train.epochs=5", "method.mixnn.warmup_epochs=1", "method.mixnn.turning_epoch=3"),
+    "method.mixnn.update_every=2",
+)
 RUNS: dict[str, tuple[str, ...]] = {
     "cross_entropy": ("method.name=cross_entropy", "train.epochs=3"),
     "mixup": ("method.name=mixup", "train.epochs=3"),
@@ -21,6 +25,7 @@ RUNS: dict[str, tuple[str, ...]] = {
         *(*DIVIDE, "method.dividemix.form=real", "method.dividemix.subset=700", "method.dividemix.warmup_penalty=true"),
         *("method.mixture.history=3", "train.ema_decay=0.9", "optim.accumulate=2"),
     ),
+    "sanm": (*DIVIDE, "method.ssl=sanm", "train.epochs=3", "method.sanm.ratio_low=0.1", "method.sanm.ratio_high=0.3"),
     "elr": ("method.name=elr", "train.epochs=3"),
     "co_teaching": (
         *("method.name=co_teaching", "train.epochs=3", "optim.schedule=linear", "optim.milestones=[1]"),
@@ -37,6 +42,14 @@ RUNS: dict[str, tuple[str, ...]] = {
     ),
     "m_correction": ("method.name=m_correction", "train.epochs=4", "method.m_correction.warmup_epochs=2"),
     "scanmix": ("method.name=scanmix", "train.epochs=4", "method.dividemix.warmup_epochs=2"),
+    "lend": ("method.name=lend", "train.epochs=3", "method.lend.history_from=1"),
+    "lend_paper": (
+        *("method.name=lend", "train.epochs=3", "method.lend.profile=paper"),
+        *("method.lend.beta=0.4", "method.lend.graph=all_ranks", "method.soft_dtype=float16"),
+    ),
+    "mixnn": (*MIXNN, "method.mixture.history=2", "optim.restart_epochs=2"),
+    "mixnn_data_set": (*MIXNN, "method.mixnn.neighbours=data_set", "method.mixnn.k=3"),
+    "selc": ("method.name=selc", "train.epochs=3", "method.selc.turning_epoch=1"),
 }
 SIZES = (1, 2)
 # Each step is reported. What measures the machine is not in the record, nor the rate, which shows in the losses.

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -18,7 +18,7 @@ from nldist.errors import UserError
 from nldist.launch.checks import check
 from nldist.launch.job import TrainJob
 from nldist.launch.settings import ClusterSettings
-from nldist.launch.submit import members, sbatch_text, seeds
+from nldist.launch.submit import executor, members, sbatch_text, seeds
 from tests.commands import Command
 from tests.conftest import REPOSITORY
 from tests.jobs import run_job
@@ -53,6 +53,23 @@ def test_the_batch_file_is_the_golden_one(digits: Path) -> None:
     later = sbatch_text(configs, Path("/runs/x/logs"), "x", settings, before="JOB-mine").splitlines()
     new = {"#SBATCH --dependency=aftercorr:JOB-mine", "#SBATCH --kill-on-invalid-dep=yes"}
     assert set(later) - set(text.splitlines()) == new
+
+
+@pytest.mark.usefixtures("slurm_commands")
+@pytest.mark.parametrize(
+    ("cluster", "name", "lost"),
+    [("slurm", "40%noise", "%n"), ("slurm", "40%", "%/"), ("local", "50%test", "%t"), ("local", "40%noise", None)],
+)
+def test_a_name_in_which_logs_would_be_lost_is_refused(
+    cluster: Literal["slurm", "local"], name: str, lost: str | None, tmp_path: Path
+) -> None:
+    folder = tmp_path / name / "logs"
+    if lost is None:
+        paths = executor(cluster, folder, "x", ClusterSettings())._executor.job_class(folder, "7", [0]).paths
+        assert paths.stdout == folder / "7_0_log.out"
+    else:
+        with pytest.raises(UserError, match=f"in the place of {lost}; set a run.dir without %"):
+            executor(cluster, folder, "x", ClusterSettings())
 
 
 def test_where_slurm_is_not_installed_it_says_so(

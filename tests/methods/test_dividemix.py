@@ -11,7 +11,8 @@ from nldist.config.file import load_config
 from nldist.data.plan import Plan
 from nldist.data.stream import Batch, Stream
 from nldist.dist.world import World
-from nldist.methods.dividemix import DivideMix, DividePass
+from nldist.methods.divide_pass import DividePass
+from nldist.methods.dividemix import DivideMix
 from nldist.models import Network
 from nldist.passes.evaluate import EvaluationPass
 from nldist.train.run_pass import run_pass

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from nldist.config.file import load_config
 from nldist.data.stream import Batch
 from nldist.dist.world import World
-from nldist.methods.dividemix import DivideMix, DividePass
+from nldist.methods.divide_pass import DividePass
+from nldist.methods.dividemix import DivideMix
 from nldist.models import Network, build_model
 from tests.conftest import REPOSITORY
 from tests.contexts import open_context

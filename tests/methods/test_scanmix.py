@@ -14,6 +14,7 @@ from nldist.errors import UserError
 from nldist.methods.scanmix import ScanMix
 from nldist.models import Network, build_model
 from nldist.passes.base import Split
+from nldist.passes.data import Data
 from nldist.pretext.mine import GRAPH_FILE
 from nldist.pretext.pairs import whole_pairs
 from nldist.pretext.scan import CLUSTER, Scan, ValidationPass
@@ -352,7 +353,7 @@ def test_a_step_without_a_whole_pair_is_told_and_not_trained_on(digits: Path, pr
     assert not task.usable({"anchors": anchors, "neighbours": Batch(*(v[:0] for v in vars(partners).values()))})
 
 
-def test_too_few_anchors_are_refused(digits: Path, products: dict[str, Path]) -> None:
-    method = build_scan(digits, products, "cluster.holdout=0.999")
+def test_too_few_anchors_are_refused(digits: Path) -> None:
+    config = load_config(REPOSITORY / "tests" / "digits.yaml", [f"data.root={digits}", "cluster.holdout=0.999"])
     with pytest.raises(UserError, match=r"cluster.holdout=0.999 leaves 1 anchors for 1 rank"):
-        method.check(1)
+        CLUSTER.check(config, Data.open(config.data), 1)

@@ -13,7 +13,7 @@ from nldist.config.file import load_config
 from nldist.dist.world import World
 from nldist.methods.cross_entropy import CrossEntropy
 from nldist.passes.method import Verdicts
-from nldist.passes.sweep import ClosingSweep, FeatureSweep
+from nldist.passes.sweep import ClosingSweep, FeatureSweep, LossSweep
 from nldist.train.run_pass import run_pass
 from tests.contexts import open_context, task_of
 from tests.jobs import DIGITS
@@ -80,3 +80,26 @@ def test_every_sample_s_features_stay_with_their_owner(digits: Path) -> None:
     for size in (2, 3):
         for gathered in run_ranks(features_of, size, digits):
             np.testing.assert_array_equal(gathered, alone)
+
+
+def losses_of_other_labels(world: World, digits: Path, trained: State) -> tuple[np.ndarray, np.ndarray]:
+    method = build(digits, world)
+    method.engines[0].model.load_state_dict(trained)
+    LossSweep.add_columns(method.context, "")
+    sweep = LossSweep(method.context, {"": method.logits}, lambda _: {}, labels=lambda ids: ids % 10)
+    run_pass(method.context, sweep)
+    return world.all_gather(sweep.losses[""]), method.context.table["suggested"].gather()
+
+
+def test_a_sweep_may_take_the_losses_of_other_labels_than_the_given_ones(digits: Path, trained: State) -> None:
+    method = build(digits)
+    method.engines[0].model.load_state_dict(trained)
+    context = method.context
+    batches = [step["all"] for step in context.stream("train", context.sweep(1437))]
+    logits = torch.cat([method.logits(context.fixed_view(batch)) for batch in batches]).numpy().astype(float)
+    others = np.arange(1437) % 10
+    expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(1437), others]
+    for size in (1, 2, 3):
+        for losses, suggested in run_ranks(losses_of_other_labels, size, digits, trained):
+            np.testing.assert_allclose(losses, expected, rtol=1e-4, atol=1e-5)
+            assert (suggested == logits.argmax(1)).mean() > 0.998

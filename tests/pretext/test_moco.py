@@ -10,6 +10,7 @@ from nldist.dist.rows import Exchange, global_mean
 from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.pretext.moco import MoCo, MoCoPass, moco_loss
+from nldist.pretext.stage import PRETEXT
 from tests.pretext.make import context_of
 from tests.pretext.test_gather import part
 from tests.pretext.test_simclr import COUNTS, inputs, project
@@ -67,12 +68,15 @@ def test_the_queue_replaces_its_oldest_keys(digits: Path) -> None:
 
 
 def test_a_queue_smaller_than_a_step_is_refused(digits: Path) -> None:
+    def check(queue: int, world_size: int) -> None:
+        context = context_of(digits, "moco", f"pretext.queue={queue}")
+        PRETEXT.check(context.config, context.data, world_size)
+
     with pytest.raises(UserError, match=r"pretext\.queue=60 .* 64 images"):
-        build(digits, "pretext.queue=60").check(1)
-    method = build(digits, "pretext.queue=64")
-    method.check(1)
+        check(60, 1)
+    check(64, 1)
     with pytest.raises(UserError, match=r"128 images \(pretext.batch_size times 2 ranks\)"):
-        method.check(2)
+        check(64, 2)
 
 
 def test_one_step_against_the_equations(digits: Path) -> None:

@@ -15,7 +15,6 @@ from nldist.errors import UserError
 from nldist.track import tracker as track
 from nldist.track.jsonl import read_lines
 from nldist.track.sender import Sender
-from nldist.track.store import resolve_uri, valid_name
 from nldist.track.tracker import Tracker, flatten, sync
 from tests.mlflow_server import Server, client, points_in_lines, points_in_mlflow, records, wait_for
 
@@ -32,34 +31,6 @@ def gone(pid: int) -> bool:
         return stat.read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
         return True
-
-
-@pytest.mark.parametrize(
-    ("name", "valid"),
-    [
-        ("train/loss", "train/loss"),
-        ("acc/T-shirt & top", "acc/T-shirt _ top"),
-        ("/a//../b", "a/b"),
-        ("é%", "é_"),
-    ],
-)
-def test_names_become_what_mlflow_takes(name: str, valid: str) -> None:
-    from mlflow.utils.validation import _validate_metric_name
-
-    assert valid_name(name) == valid
-    _validate_metric_name(valid)
-    _validate_metric_name(valid_name("x/" * 300))
-
-
-@pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/mlruns", "sqlite:/x.db", ""])
-def test_a_uri_without_a_store_is_refused(tmp_path: Path, uri: str) -> None:
-    with pytest.raises(UserError, match="MLflow store"):
-        make_tracker(tmp_path, uri)
-
-
-def test_a_relative_sqlite_file_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert resolve_uri("sqlite:///a/mlflow.db") == f"sqlite:///{tmp_path}/a/mlflow.db"
 
 
 # With a SQLite store

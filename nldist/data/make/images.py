@@ -13,6 +13,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with more behind
 ORIENTATION = 0x0112
 PNG_END = b"IEND\xaeB`\x82"
+FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG's start-of-frame markers
+HUFFMAN = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive: all but a few of the JPEGs that there are
+ARITHMETIC = {0xC9, 0xCA}
+LOSSLESS = {0xC3, 0xCB}
 
 
 class BadImageError(Exception):
@@ -57,24 +61,31 @@ def normalise(raw: bytes | np.ndarray, limits: Limits, resize: int | None = None
         return _encode(_shrink(image, resize), lossy=False)
     image, upright = _decode(raw, limits)
     shrunk = resize is not None and min(upright.size) > resize
-    if not shrunk and upright is image and _is_plain(image, raw):
+    if not shrunk and upright is image and _is_plain(image, raw) and _is_read_alike(image, raw):
         return Encoded(raw, EXTENSIONS[str(image.format)], image.height, image.width)
     with _refusing():
         return _encode(_shrink(_to_8_bit(upright), resize), lossy=_is_lossy(image, raw))
 
 
 def decoded_size(raw: bytes, limits: Limits) -> tuple[int, int]:
-    """Decode an image in full and return its (height, width) in pixels, EXIF rotation applied.
+    """Decode an image in full and return its (height, width) in pixels as training sees it, EXIF rotation applied.
 
     Raises:
-        BadImageError: as `normalise`.
+        BadImageError: as `normalise`; or training cannot decode it.
     """
-    _, upright = _decode(raw, limits)
-    return upright.height, upright.width
+    image, upright = _decode(raw, limits)
+    if _is_ordinary(image, raw):
+        return upright.height, upright.width
+    height, width, _ = _as_trained(raw).shape
+    return height, width
 
 
 def _decode(raw: bytes, limits: Limits) -> tuple[Image.Image, Image.Image]:
-    """The opened image, and the same turned upright (the very same object if it was upright)."""
+    """The opened image, and the same turned upright (the very same object if it was upright).
+
+    Pillow finds out what it is, whether it is damaged and what its pixels are; but training's decoder decides what an
+    image is (`_is_ordinary`).
+    """
     if not raw:
         raise BadImageError("empty file")
     if len(raw) > limits.max_bytes:
@@ -86,9 +97,56 @@ def _decode(raw: bytes, limits: Limits) -> tuple[Image.Image, Image.Image]:
             raise BadImageError(f"{size} are more than the limit of {limits.max_pixels:,}")
         if image.format == "PNG":
             _check_png(raw)
-        image.load()
+        try:
+            image.load()
+        except OSError:
+            if _frame(raw) not in ARITHMETIC:  # of which Pillow reads only those that are small
+                raise
+            return image, Image.fromarray(_as_trained(raw))
         upright = ImageOps.exif_transpose(image) if _orientation(image) in range(2, 9) else image
     return image, upright
+
+
+def _as_trained(raw: bytes) -> np.ndarray:
+    """The pixels (H, W, 3) as training decodes them. Raises BadImageError if it cannot."""
+    from nldist.data.reader import DecodeError, decoded  # torchvision takes seconds
+
+    try:
+        return decoded(bytearray(raw)).permute(1, 2, 0).numpy()
+    except DecodeError as error:
+        raise BadImageError(f"training cannot decode it: {error}") from None
+
+
+def _is_ordinary(image: Image.Image, raw: bytes) -> bool:
+    """Whether Pillow has decoded a file of a kind that torchvision reads alike, so that it need not be loaded."""
+    if _orientation(image) not in (0, 1):
+        return False
+    if image.format == "PNG":
+        return raw[24] == 8
+    if image.format == "WEBP":
+        return not getattr(image, "is_animated", False)
+    return image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and _frame(raw) in HUFFMAN
+
+
+def _is_read_alike(image: Image.Image, raw: bytes) -> bool:
+    """Whether training sees this image, which is plain, in the same size."""
+    if _is_ordinary(image, raw):
+        return True
+    try:
+        return _as_trained(raw).shape[:2] == (image.height, image.width)
+    except BadImageError:
+        return False
+
+
+def _frame(raw: bytes) -> int:
+    """The marker of a JPEG's frame, which tells its process of coding; 0 if there is none."""
+    place = 2
+    while raw[:2] == b"\xff\xd8" and place + 4 <= len(raw) and raw[place] == 0xFF:
+        marker = raw[place + 1]
+        if marker in FRAMES:
+            return marker
+        place += 1 if marker == 0xFF else 2 + int.from_bytes(raw[place + 2 : place + 4], "big")
+    return 0
 
 
 def _check_png(raw: bytes) -> None:
@@ -125,7 +183,7 @@ def _orientation(image: Image.Image) -> Any:
     try:
         return image.getexif().get(ORIENTATION, 1)
     except Exception:  # a broken EXIF block says nothing about the rotation; image viewers ignore it too
-        return 1
+        return None
 
 
 def _is_plain(image: Image.Image, raw: bytes) -> bool:
@@ -144,7 +202,7 @@ def _is_lossy(image: Image.Image, raw: bytes) -> bool:
         return b"VP8 " in raw  # the chunk of WebP's lossy codec
     if image.format == "TIFF":
         return image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")
-    return image.format in ("JPEG", "MPO")
+    return image.format in ("JPEG", "MPO") and _frame(raw) not in LOSSLESS
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

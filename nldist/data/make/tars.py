@@ -1,6 +1,7 @@
 """One pass over a tar from a file or a URL: members with their offsets, and a checksum of the whole."""
 
 import hashlib
+import posixpath
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from nldist.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 BUFFER = 2**20
+STEP = 2**16  # tarfile copies what is left of it at every read
 
 
 class DamagedTarError(Exception):
@@ -19,15 +21,22 @@ class DamagedTarError(Exception):
 
 @dataclass(frozen=True)
 class Member:
-    """A regular file in a tar; `offset` (bytes) is where its data begin."""
+    """A regular file in a tar, or a link; `offset` (bytes) is where its data begin.
+
+    `target` is the name of the member whose data are a link's. `is_sparse`: the data have holes and are not there as
+    they are read.
+    """
 
     name: str
     offset: int
     size: int
-    stream: IO[bytes]
+    stream: IO[bytes] | None
+    target: str | None = None
+    is_sparse: bool = False
 
     def read(self) -> bytes:
-        """The data; only while the reader stands at this member. Raises DamagedTarError."""
+        """The data; only of a file, and while the reader stands at it. Raises DamagedTarError."""
+        assert self.stream is not None
         try:
             return self.stream.read()
         except (tarfile.TarError, OSError) as error:
@@ -36,13 +45,19 @@ class Member:
     @property
     def key(self) -> str:
         """The name up to the first dot of its last part: WebDataset's key."""
-        folder, slash, base = self.name.rpartition("/")
-        return folder + slash + base.partition(".")[0]
+        return split_name(self.name)[0]
 
     @property
     def extension(self) -> str:
         """All after that dot, in lower case; empty if there is none."""
-        return self.name.rpartition("/")[2].partition(".")[2].lower()
+        return split_name(self.name)[1]
+
+
+def split_name(name: str, by_last_dot: bool = False) -> tuple[str, str]:
+    """A member's key and extension (lower case): what is before and behind the first, or last, dot of its last part."""
+    folder, slash, base = name.rpartition("/")
+    key, _, extension = base.rpartition(".") if by_last_dot and "." in base else base.partition(".")
+    return folder + slash + key, extension.lower()
 
 
 class TarReader:
@@ -58,19 +73,20 @@ class TarReader:
         self._file.close()
 
     def __iter__(self) -> Iterator[Member]:
-        """Yield the regular files in order.
+        """Yield the regular files and links in order.
 
         Raises:
             DamagedTarError: it is no tar (or a compressed one), is cut short, or has a broken header.
         """
         end = 0
         try:
-            with tarfile.open(fileobj=cast(IO[bytes], self._file), mode="r|", bufsize=BUFFER) as tar:
+            with tarfile.open(fileobj=cast(IO[bytes], self._file), mode="r|", bufsize=STEP) as tar:
                 for info in tar:
                     if info.isreg():
                         stream = tar.extractfile(info)
-                        assert stream is not None
-                        yield Member(info.name, info.offset_data, info.size, stream)
+                        yield Member(info.name, info.offset_data, info.size, stream, None, info.issparse())
+                    elif info.issym() or info.islnk():
+                        yield Member(info.name, info.offset_data, 0, None, _target(info))
                     tar.members = []  # type: ignore[attr-defined]
                 end = tar.offset
         except (tarfile.TarError, OSError, EOFError) as error:
@@ -115,6 +131,12 @@ class _HashingFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _target(link: tarfile.TarInfo) -> str:
+    """The member that a link leads to: hard links have its name, symbolic ones the way from their own directory."""
+    folder = posixpath.dirname(link.name) if link.issym() else ""
+    return posixpath.normpath(posixpath.join(folder, link.linkname))
 
 
 def _open(path: str) -> BinaryIO:

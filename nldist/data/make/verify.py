@@ -1,7 +1,9 @@
 """Check a data set on disk against everything that its format promises."""
 
+import json
 import zlib
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +14,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from nldist.data.make.build import RECORD, Record
+from nldist.data.make.finish import RECORD, Record
 from nldist.data.make.images import BadImageError, Limits, decoded_size
+from nldist.data.make.meaning import could_be, names_of
 from nldist.data.make.parallel import run_jobs
-from nldist.data.make.tars import IMAGE_EXTENSIONS, DamagedTarError, Member, TarReader
+from nldist.data.make.tars import IMAGE_EXTENSIONS, DamagedTarError, Member, TarReader, split_name
 from nldist.data.manifest import read_dataset
 
 INDEX_SCHEMA = {"id": pa.int64(), "shard": pa.int32(), **{field.name: field.type for field in RECORD}}
@@ -45,11 +48,16 @@ class Report:
 
 
 class ShardJob(NamedTuple):
-    """One shard as dataset.json has it, and its rows of the index."""
+    """One shard as dataset.json has it, and its rows of the index.
+
+    In a shard of ours a label is a class's index; in any other what `classes` and `nldist.data.make.meaning` say, or
+    (None) not in .cls.
+    """
 
     place: str
     path: str
     is_ours: bool
+    classes: list[str] | None
     num_bytes: int
     sha256: str
     rows: pa.Table
@@ -67,7 +75,7 @@ def verify(root: Path, num_workers: int = 0) -> Report:
         return Report(0, 0, problems)
     num_samples = num_shards = 0
     for split, entry in dataset["splits"].items():
-        found = list(_split_problems(root, split, entry, len(dataset["classes"]), num_workers))
+        found = list(_split_problems(root, split, entry, dataset["classes"], num_workers))
         problems += sorted(found, key=lambda problem: (problem.place, problem.sample or 0))
         num_samples += entry["num_samples"]
         num_shards += len(entry["shards"])
@@ -104,9 +112,9 @@ def _entry_problems(name: str, entry: Any) -> Iterator[str]:
 
 
 def _split_problems(
-    root: Path, split: str, entry: dict[str, Any], num_classes: int, num_workers: int
+    root: Path, split: str, entry: dict[str, Any], classes: list[str], num_workers: int
 ) -> Iterator[Problem]:
-    place = f"{split}/index.parquet"
+    place, num_classes = f"{split}/index.parquet", len(classes)
     table = _read(root / split / "index.parquet", INDEX_SCHEMA)
     if isinstance(table, str):
         yield Problem(place, None, table)
@@ -117,18 +125,27 @@ def _split_problems(
     for path in sorted((root / split / "labels").glob("*.parquet")):
         yield from _label_set_problems(f"{split}/labels/{path.name}", path, entry["num_samples"], num_classes)
     with tqdm(total=table.num_rows, unit=" images", desc=split, mininterval=1.0) as bar:
-        for num_images, problems in run_jobs(_shard_problems, _jobs(root, split, entry, table), num_workers):
+        for num_images, problems in run_jobs(_shard_problems, _jobs(root, split, entry, table, classes), num_workers):
             bar.update(num_images)
             yield from problems
 
 
-def _jobs(root: Path, split: str, entry: dict[str, Any], table: pa.Table) -> Iterator[ShardJob]:
+def _jobs(root: Path, split: str, entry: dict[str, Any], table: pa.Table, classes: list[str]) -> Iterator[ShardJob]:
+    labels = None if _label_key(root / split / "plan.json") else classes
     shard_of_row = table["shard"].to_numpy()
     for number, shard in enumerate(entry["shards"]):
         path, ours = shard["path"], Path(shard["path"]).parent == Path(split)
         rows = table.take(np.flatnonzero(shard_of_row == number))
         where = path if "://" in path else str(root / path)
-        yield ShardJob(f"{split}: {path}", where, ours, shard["num_bytes"], shard["sha256"], rows)
+        yield ShardJob(f"{split}: {path}", where, ours, labels, shard["num_bytes"], shard["sha256"], rows)
+
+
+def _label_key(plan: Path) -> Any:
+    """The entry of .json that holds the labels, None if .cls does."""
+    try:
+        return json.loads(plan.read_text(encoding="utf-8")).get("label_key")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _read(path: Path, schema: dict[str, pa.DataType]) -> pa.Table | str:
@@ -185,13 +202,13 @@ def _label_set_problems(place: str, path: Path, num_samples: int, num_classes: i
 
 def _shard_problems(job: ShardJob) -> tuple[int, list[Problem]]:
     """Read one shard from end to end; the number of its samples, and its problems."""
-    rows = {row["offset"]: row for row in job.rows.to_pylist()}
+    check = _ShardCheck(job)
     problems = []
-    if len(rows) < job.rows.num_rows:
+    if job.is_ours and len(check.rows) < job.rows.num_rows:
         problems.append(Problem(job.place, None, "the index has an offset twice"))
     try:
         with TarReader(job.path) as tar:
-            problems += _members_problems(job, tar, rows)
+            problems += check.problems(tar)
             if tar.num_bytes != job.num_bytes:
                 what = f"has {tar.num_bytes:,} bytes, dataset.json states {job.num_bytes:,}"
                 problems.append(Problem(job.place, None, what))
@@ -200,43 +217,76 @@ def _shard_problems(job: ShardJob) -> tuple[int, list[Problem]]:
     except OSError as error:
         problems.append(Problem(job.place, None, f"cannot be opened: {error.strerror or error}"))
         return job.rows.num_rows, problems
-    problems += [Problem(job.place, row["id"], "no member begins at its offset") for row in rows.values()]
+    left = (row for group in check.rows.values() for row in group)
+    problems += [Problem(job.place, row["id"], "no member begins at its offset") for row in left]
     return job.rows.num_rows, problems
 
 
-def _members_problems(job: ShardJob, tar: TarReader, rows: dict[int, dict[str, Any]]) -> list[Problem]:
-    """Check the members that the index points at, removing from `rows` those that were found."""
-    problems: list[Problem] = []
-    labels: dict[str, int] = {}  # label in the index by the key in the tar, until its .cls comes by
-    ids: dict[str, int] = {}
-    try:
-        for member in tar:
-            row = rows.pop(member.offset, None)
-            if row is not None:
-                labels[member.key], ids[member.key] = row["label"], row["id"]
-                problems += [Problem(job.place, row["id"], what) for what in _image_problems(member, row)]
-            elif member.extension == "cls" and member.key in labels:
-                text, label = member.read(), labels.pop(member.key)
-                if text.strip() != b"%d" % label:
-                    what = f"the index has label {label}, the tar {text[:20]!r}"
-                    problems.append(Problem(job.place, ids[member.key], what))
-    except DamagedTarError as error:
-        problems.append(Problem(job.place, None, str(error)))
+class _ShardCheck:
+    """The members of a shard against its rows of the index, of which `rows` (by offset) keeps those without one."""
+
+    def __init__(self, job: ShardJob) -> None:
+        self._job = job
+        self.rows: dict[int, list[dict[str, Any]]] = defaultdict(list)  # links make several of one offset
+        for row in job.rows.to_pylist():
+            self.rows[row["offset"]].append(row)
+        self._unlabelled: dict[str, dict[str, Any]] = {}  # rows by their keys in the tar, until the .cls comes by
+        self._misnamed: list[tuple[dict[str, Any], str]] = []
+        self._links: set[str] = set()
+        self._by_name = names_of(job.classes or ())
+
+    def problems(self, tar: TarReader) -> list[Problem]:
+        """Look at all members."""
+        found: list[tuple[dict[str, Any] | None, str]] = []
+        try:
+            for member in tar:
+                names = {split_name(member.name), split_name(member.name, by_last_dot=True)}
+                if member.stream is None:
+                    self._links.update(key for key, _ in names)
+                    continue
+                found += self._image(member, names)
+                found += self._label(member, names)
+        except DamagedTarError as error:
+            found.append((None, str(error)))
+        if self._job.is_ours:
+            found += [(row, "has no label (.cls) in the tar") for row in self._unlabelled.values()]
+        for row, key in self._misnamed:
+            if not {row["key"], row["key"].partition("/")[2]} & self._links:
+                found.append((row, f"the index has key {row['key']}, the tar {key}"))
+        return [Problem(self._job.place, None if row is None else row["id"], what) for row, what in found]
+
+    def _image(self, member: Member, names: set[tuple[str, str]]) -> Iterator[tuple[dict[str, Any], str]]:
+        if member.offset not in self.rows:
+            return
+        data = member.read()
+        for row in self.rows.pop(member.offset):
+            named = [key for key, _ in names if row["key"] == key or row["key"].endswith("/" + key)]
+            self._unlabelled |= dict.fromkeys(named, row)
+            if not named:
+                self._misnamed.append((row, member.key))
+            yield from ((row, what) for what in _image_problems(member, data, row, self._job.is_ours))
+
+    def _label(self, member: Member, names: set[tuple[str, str]]) -> Iterator[tuple[dict[str, Any], str]]:
+        for key, extension in names:
+            if extension == "cls" and key in self._unlabelled:
+                row, text = self._unlabelled.pop(key), member.read()
+                if not _is_label(text, row["label"], self._job, self._by_name):
+                    yield row, f"the index has label {row['label']}, the tar {text[:20]!r}"
+
+
+def _is_label(text: bytes, label: int, job: ShardJob, by_name: Callable[[str], int | None]) -> bool:
     if job.is_ours:
-        problems += [Problem(job.place, ids[key], "has no label (.cls) in the tar") for key in labels]
-    return problems
+        return text.strip() == b"%d" % label
+    return job.classes is None or could_be(text.decode("utf-8-sig", "replace").strip(), label, by_name)
 
 
-def _image_problems(member: Member, row: dict[str, Any]) -> Iterator[str]:
+def _image_problems(member: Member, data: bytes, row: dict[str, Any], is_ours: bool) -> Iterator[str]:
     record = Record(**{name: row[name] for name in Record._fields})
-    if member.extension not in IMAGE_EXTENSIONS:
+    if is_ours and member.extension not in IMAGE_EXTENSIONS:
         yield f"its offset is that of {member.name}, which is no image"
         return
-    if member.key != record.key and not record.key.endswith("/" + member.key):
-        yield f"the index has key {record.key}, the tar {member.key}"
     if member.size != record.size:
         yield f"the index has size {record.size}, the tar {member.size}"
-    data = member.read()
     if zlib.crc32(data) != record.crc32:
         yield "the image's bytes have changed (CRC-32)"
     try:

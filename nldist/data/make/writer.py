@@ -15,8 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from nldist.data.make.build import Build, Record, Rejected, ShardFacts, Summary
+from nldist.data.make.build import Build
+from nldist.data.make.finish import Record, Rejected, ShardFacts, Summary, finish
 from nldist.data.make.images import BadImageError, Encoded, Limits, normalise
+from nldist.data.make.keys import keys_of, readable
 from nldist.data.make.parallel import run_jobs
 from nldist.data.make.sources.base import Listing, Source
 from nldist.data.manifest import writing
@@ -62,10 +64,20 @@ def write_split(source: Source, root: Path, split: str, options: WriteOptions) -
     build = Build(root, split)
     listing = source.listing()
     table = _with_keys(_sorted(listing))
-    if not build.begin(_plan(source, table, listing.classes, options), listing.classes):
-        return build.complete_summary()
+    with build.claimed():
+        if not build.begin(_plan(source, table, listing.classes, options), listing.classes):
+            return build.complete_summary()
+        num_shards = _write_shards(source, build, table, options)
+        summary = finish(root, split, build.shards(num_shards), listing.classes, options.name, options.on_bad)
+        build.clear()
+    summary.notes[:0] = listing.notes
+    return summary
+
+
+def _write_shards(source: Source, build: Build, table: pa.Table, options: WriteOptions) -> int:
+    """Write the shards that are missing, and return how many there are."""
     order = np.random.default_rng(options.seed).permutation(table.num_rows)
-    num_shards = -(-table.num_rows // options.shard_size)
+    num_shards: int = -(-table.num_rows // options.shard_size)
     todo = [number for number in range(num_shards) if not build.is_settled(number, options.on_bad)]
 
     def jobs() -> Iterator[ShardJob]:
@@ -75,12 +87,11 @@ def write_split(source: Source, root: Path, split: str, options: WriteOptions) -
 
     work = partial(write_shard, source, build, options.limits, options.resize)
     num_left = sum(min(options.shard_size, table.num_rows - number * options.shard_size) for number in todo)
-    with tqdm(
-        total=table.num_rows, initial=table.num_rows - num_left, unit=" images", desc=split, mininterval=1.0
-    ) as bar:
+    num_done = table.num_rows - num_left
+    with tqdm(total=table.num_rows, initial=num_done, unit=" images", desc=build.split, mininterval=1.0) as bar:
         for num_images in run_jobs(work, jobs(), options.num_workers):
             bar.update(num_images)
-    return build.finish(num_shards, listing.classes, options.name, options.on_bad)
+    return num_shards
 
 
 def write_shard(source: Source, build: Build, limits: Limits, resize: int | None, job: ShardJob) -> int:
@@ -95,7 +106,7 @@ def write_shard(source: Source, build: Build, limits: Limits, resize: int | None
                 image = normalise(source.read(raw_path, limits.max_bytes), limits, resize)
             except (BadImageError, OSError) as error:
                 reason = getattr(error, "strerror", None) or str(error)
-                rejected.append(Rejected(_readable(raw_path), reason))
+                rejected.append(Rejected(readable(raw_path), reason))
             else:
                 records.append(shard.add(key, image, label))
         num_bytes, sha256 = shard.close()
@@ -161,42 +172,9 @@ def _sorted(listing: Listing) -> pa.Table:
 
 
 def _with_keys(table: pa.Table) -> pa.Table:
-    """Insert the column key between path and label.
-
-    A key is the path without its extension, and with dots replaced, because WebDataset splits a name at the
-    first dot. Where several images would share a key, all but the first get a number. WebDataset also skips
-    names that begin with "__", so such a key gets a letter in front.
-    """
-    keys = _text(table["path"].combine_chunks())
-    keys = pc.replace_substring_regex(pc.ascii_ltrim(keys, "/"), r"([^/])\.[^./]*$", r"\1")
-    keys = pc.replace_substring_regex(pc.replace_substring(keys, ".", "_"), "^__", "k__")
-    return table.select(["path"]).append_column("key", _distinct(keys)).append_column("label", table["label"])
-
-
-def _text(paths: pa.Array) -> pa.Array:
-    try:
-        return paths.cast(pa.large_string())
-    except pa.ArrowInvalid:  # some name is not UTF-8
-        return pa.array([_readable(path) for path in paths.to_pylist()], pa.large_string())
-
-
-def _readable(path: bytes) -> str:
-    return path.decode("utf-8", "backslashreplace")
-
-
-def _distinct(keys: pa.Array) -> pa.Array:
-    if pc.count_distinct(keys).as_py() == len(keys):
-        return keys
-    names = keys.to_pylist()
-    taken, seen = set(names), set()
-    for position, name in enumerate(names):
-        number = 1
-        while name in seen or (number > 1 and name in taken):
-            number += 1
-            name = f"{names[position]}-{number}"
-        seen.add(name)
-        names[position] = name
-    return pa.array(names, pa.large_string())
+    """Insert the column key between path and label."""
+    keys = keys_of(table["path"].combine_chunks())
+    return table.select(["path"]).append_column("key", keys).append_column("label", table["label"])
 
 
 def _plan(source: Source, table: pa.Table, classes: list[str], options: WriteOptions) -> dict[str, object]:

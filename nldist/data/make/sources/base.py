@@ -3,7 +3,7 @@
 import os
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -13,25 +13,33 @@ import pyarrow as pa
 from nldist.data.make.images import BadImageError
 from nldist.errors import UserError
 
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # byte-order marks, as spreadsheets write them
+SYSTEM_FOLDERS = {".ipynb_checkpoints", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
+SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}
+
 
 @dataclass(frozen=True)
 class Listing:
     """All images of a split: `table` has columns path (large_binary) and label (int32), in any order.
 
-    Arrow columns, because millions of Python strings would take gigabytes. `classes` names the labels.
+    Arrow columns, because millions of Python strings would take gigabytes. `classes` names the labels. `notes` say
+    what was left out.
     """
 
     table: pa.Table
     classes: list[str]
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, paths: Iterable[bytes] | pa.Array, labels: np.ndarray, classes: list[str]) -> "Listing":
+    def of(
+        cls, paths: Iterable[bytes] | pa.Array, labels: np.ndarray, classes: list[str], notes: Iterable[str] = ()
+    ) -> "Listing":
         """Build a listing from paths (file-system bytes) and labels (N,)."""
         columns = {
             "path": pa.array(paths, pa.large_binary()),
             "label": pa.array(labels.astype(np.int32), pa.int32()),
         }
-        return cls(pa.table(columns), classes)
+        return cls(pa.table(columns), classes, list(notes))
 
 
 class Source(Protocol):
@@ -44,6 +52,16 @@ class Source(Protocol):
 
     def read(self, path: bytes, max_bytes: int) -> bytes | np.ndarray:
         """One image, as its file's bytes or as uint8 pixels. Raises BadImageError or OSError."""
+
+
+def is_clutter(name: str, is_folder: bool) -> bool:
+    """Whether a file or directory of this name is hidden, or one that a system leaves behind, and so no image or class.
+
+    A file whose name merely begins with a dot may be an image.
+    """
+    if is_folder:
+        return name.startswith(".") or name in SYSTEM_FOLDERS
+    return name.startswith("._") or name in SYSTEM_FILES
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
@@ -61,9 +79,11 @@ def read_file(path: Path, max_bytes: int) -> bytes:
 def read_class_names(path: Path) -> list[str]:
     """Read class names, one per line, from a text file; line k (from 0) names label k."""
     try:
-        names = path.read_text(encoding="utf-8").splitlines()
+        raw = path.read_bytes()
+        text = raw.decode("utf-16" if raw[:2] in UTF_16 else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the class names in {path}: {error}") from None
+    names = [name.strip() for name in text.splitlines()]
     if not names or "" in names or len(set(names)) < len(names):
         raise UserError(f"{path} must hold one class name per line, none empty and none twice")
     return names

@@ -4,29 +4,33 @@ import glob
 import hashlib
 import json
 import os
-import zlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-from nldist.data.make.build import Build, Record, Rejected, ShardFacts, Summary
-from nldist.data.make.images import BadImageError, Limits, decoded_size
+from nldist.data.make.build import Build
+from nldist.data.make.finish import Record, Rejected, ShardFacts, Summary, finish
+from nldist.data.make.images import Limits
+from nldist.data.make.meaning import Meaning, Reading, meaning
 from nldist.data.make.parallel import run_jobs
-from nldist.data.make.tars import IMAGE_EXTENSIONS, DamagedTarError, Member, TarReader
+from nldist.data.make.samples import BadSample, Keys, Rules, samples
+from nldist.data.make.tars import DamagedTarError, TarReader
 from nldist.data.manifest import known_classes
 from nldist.errors import UserError
+
+READS = ("num_shards", "label_key", "image_key", "keys", "max_pixels", "max_bytes")
+"""What, of a plan, decides what is noted of a tar; labels get their meaning at the end."""
 
 
 @dataclass(frozen=True)
 class IndexOptions:
     """How foreign tars are indexed.
 
-    Labels come from KEY.cls, or from the entry `label_key` of KEY.json; they are class indices, or names of
-    `classes`. Without `classes` the labels are named by their numbers. The rest as in `WriteOptions`.
+    Labels and images are found by the rules of `nldist.data.make.samples`, and mean what
+    `nldist.data.make.meaning` says. The rest as in `WriteOptions`.
     """
 
     label_key: str | None = None
@@ -35,6 +39,9 @@ class IndexOptions:
     on_bad: str = "refuse"
     num_workers: int = 0
     name: str | None = None
+    reading: Reading | None = None
+    image_key: str | None = None
+    keys: Keys = "webdataset"
 
 
 class TarJob(NamedTuple):
@@ -42,15 +49,6 @@ class TarJob(NamedTuple):
 
     number: int
     path: str
-
-
-@dataclass
-class _Sample:
-    key: str
-    image: Member | None = None
-    data: bytes = b""
-    label: bytes | None = None
-    too_large: bool = False
 
 
 def index_tars(pattern: str, root: Path, split: str, options: IndexOptions) -> Summary:
@@ -63,113 +61,117 @@ def index_tars(pattern: str, root: Path, split: str, options: IndexOptions) -> S
     """
     build = Build(root, split)
     paths = _expand(pattern)
-    classes = options.classes or known_classes(root, split)
-    if not build.begin(_plan(paths, classes, options), None if classes is None else list(classes)):
-        return build.complete_summary()
-    todo = [TarJob(n, path) for n, path in enumerate(paths) if not build.is_settled(n, options.on_bad)]
-    work = partial(index_tar, build, options, None if classes is None else tuple(classes))
-    with tqdm(total=len(paths), initial=len(paths) - len(todo), unit=" tars", desc=split, mininterval=1.0) as bar:
+    classes = list(options.classes or known_classes(root, split) or ()) or None
+    plan = _plan(paths, list(options.classes or ()), options)
+    if not build.has_plan(plan):  # else it was begun before the data set had classes
+        plan = _plan(paths, classes or [], options)
+    with build.claimed():
+        if not build.begin(plan, classes, READS):
+            return build.complete_summary()
+        _index_shards(build, paths, options)
+
+        def meaning_of(labels: list[str]) -> Meaning:
+            known = classes or known_classes(root, split)  # another command may have made its split meanwhile
+            return meaning(pattern, labels, known, options.reading)
+
+        summary = finish(root, split, build.shards(len(paths)), meaning_of, options.name, options.on_bad)
+        build.clear()
+    return summary
+
+
+def _index_shards(build: Build, paths: list[str], options: IndexOptions) -> None:
+    """Index the tars that are missing."""
+    jobs = [TarJob(number, path) for number, path in enumerate(paths)]
+    todo = [job for job in jobs if not build.is_settled(job.number, options.on_bad, _place(job.path, build.root))]
+    work = partial(index_tar, build, _rules(options))
+    done = len(paths) - len(todo)
+    with tqdm(total=len(paths), initial=done, unit=" tars", desc=build.split, mininterval=1.0) as bar:
         for num_images in run_jobs(work, todo, options.num_workers):
             bar.update()
             bar.set_postfix_str(f"{num_images:,} images in the last")
-    return build.finish(len(paths), None if classes is None else list(classes), options.name, options.on_bad)
 
 
-def index_tar(build: Build, options: IndexOptions, classes: tuple[str, ...] | None, job: TarJob) -> int:
+def index_tar(build: Build, rules: Rules, job: TarJob) -> int:
     """Write the sidecar of one tar, and return the number of its samples."""
     records: list[Record] = []
     rejected: list[Rejected] = []
+    labels: dict[str, int] = {}
     try:
         with TarReader(job.path) as tar:
             try:
-                for sample in _samples(tar, options):
-                    try:
-                        records.append(_record(sample, options, classes))
-                    except BadImageError as error:
-                        rejected.append(Rejected(f"{job.path}:{sample.key}", str(error)))
+                for sample in samples(tar, rules):
+                    if isinstance(sample, BadSample):
+                        rejected.append(Rejected(f"{job.path}:{sample.key}", sample.reason))
+                        continue
+                    offset, size, *rest = sample.image
+                    label = labels.setdefault(sample.label, len(labels))
+                    records.append(Record(sample.key, offset, size, label, *rest))
             except DamagedTarError as error:
                 rejected.append(Rejected(job.path, str(error)))
             facts = ShardFacts(_place(job.path, build.root), len(records), tar.num_bytes, tar.sha256, rejected)
     except OSError as error:
         raise UserError(f"cannot open {job.path}: {error.strerror or error}") from None
-    build.save_shard(job.number, records, facts)
+    build.save_shard(job.number, records, facts, list(labels))
     return len(records) + len(rejected)
 
 
-def _samples(tar: TarReader, options: IndexOptions) -> Iterator[_Sample]:
-    """Group consecutive members by key, as WebDataset does."""
-    label_extension = "cls" if options.label_key is None else "json"
-    sample: _Sample | None = None
-    for member in tar:
-        if not member.extension or member.name.startswith("__"):
-            continue
-        if sample is None or sample.key != member.key:
-            if sample is not None:
-                yield sample
-            sample = _Sample(member.key)
-        if member.extension == label_extension:
-            sample.label = member.read()
-        elif member.extension in IMAGE_EXTENSIONS and sample.image is None:
-            sample.image = member
-            sample.too_large = member.size > options.limits.max_bytes
-            sample.data = b"" if sample.too_large else member.read()
-    if sample is not None:
-        yield sample
-
-
-def _record(sample: _Sample, options: IndexOptions, classes: tuple[str, ...] | None) -> Record:
-    if sample.image is None:
-        raise BadImageError(f"no image (looked for {', '.join(IMAGE_EXTENSIONS)})")
-    if sample.too_large:
-        raise BadImageError(f"{sample.image.size:,} bytes are more than the limit of {options.limits.max_bytes:,}")
-    label = _label(sample.label, options.label_key, classes)
-    height, width = decoded_size(sample.data, options.limits)
-    offset, size = sample.image.offset, sample.image.size
-    return Record(sample.key, offset, size, label, zlib.crc32(sample.data), height, width)
-
-
-def _label(text: bytes | None, label_key: str | None, classes: tuple[str, ...] | None) -> int:
-    value: Any = text
-    if text is None:
-        raise BadImageError(f"no label (looked for .{'cls' if label_key is None else 'json'})")
-    try:
-        value = text.decode().strip() if label_key is None else json.loads(text)[label_key]
-        if classes is not None and value in classes:
-            return classes.index(value)
-        label = int(value)
-    except (ValueError, KeyError, TypeError):
-        raise BadImageError(f"no usable label: {value!r:.60}") from None
-    if not 0 <= label < (2**31 if classes is None else len(classes)):
-        raise BadImageError(f"label {label} is out of range")
-    return label
+def _rules(options: IndexOptions) -> Rules:
+    image_key = options.image_key and options.image_key.lower().removeprefix(".")
+    return Rules(options.label_key, image_key, options.keys, options.limits)
 
 
 def _expand(pattern: str) -> list[str]:
-    from braceexpand import braceexpand
+    """The tars that a pattern names.
 
+    Raises:
+        UserError: a part of it names none, or one is named twice.
+    """
     paths: list[str] = []
-    for part in braceexpand(pattern):
+    for part in _parts(pattern):
         if part.startswith("pipe:"):
             raise UserError(f"{part}: a command is no data; give files or URLs")
-        paths += [part] if "://" in part else sorted(glob.glob(os.path.abspath(part)))
-    if not paths:
-        raise UserError(f"no file matches {pattern}")
+        found = [part] if "://" in part else sorted(glob.glob(_literal(os.path.abspath(part))))
+        if not found:
+            raise UserError(f"no file matches {part}" + (f", a part of {pattern}" if part != pattern else ""))
+        paths += found
     if len(set(paths)) < len(paths):
         raise UserError(f"{pattern} names a file twice")
     return paths
 
 
-def _plan(paths: list[str], classes: Any, options: IndexOptions) -> dict[str, object]:
-    digest = hashlib.sha256(json.dumps(list(classes or ())).encode())
+def _parts(pattern: str) -> list[str]:
+    """A pattern without its braces, unless there is a file of this very name."""
+    from braceexpand import braceexpand
+
+    if os.path.exists(pattern):
+        return [pattern]
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(f"{pattern}: {error}") from None
+
+
+def _literal(pattern: str) -> str:
+    """A glob whose leading directories stand for themselves where they exist, whatever signs are in their names."""
+    if os.path.exists(pattern) or os.path.dirname(pattern) == pattern:
+        return glob.escape(pattern)
+    folder, name = os.path.split(pattern)
+    return os.path.join(_literal(folder), name)
+
+
+def _plan(paths: list[str], classes: list[str], options: IndexOptions) -> dict[str, object]:
+    digest = hashlib.sha256(json.dumps(classes).encode())
     for path in paths:
         size = "" if "://" in path else os.stat(path).st_size
         digest.update(f"{path}\0{size}\0".encode())
+    added = {"labels": options.reading, "image_key": options.image_key, "keys": options.keys}
     return {
         "source": "webdataset",
         "num_shards": len(paths),
         "listing": digest.hexdigest(),
         "label_key": options.label_key,
         **asdict(options.limits),
+        **{name: value for name, value in added.items() if value not in (None, "webdataset")},
     }
 
 
