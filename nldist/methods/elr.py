@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nldist.dist.engine import Engine
-from nldist.passes.base import Pass
+from nldist.passes.base import Metrics, Pass
 from nldist.passes.context import Context
 from nldist.passes.method import Method, Phase, Verdicts
 from nldist.passes.soft import soft_rows, soft_verdicts
 from nldist.passes.supervised import Step, SupervisedPass
+from nldist.passes.sweep import TAU, label_quality
 
 _LEAST = 1e-4  # probability; the authors' code clips there, which also keeps the logarithm finite
 
@@ -28,7 +29,7 @@ class ELR(Method):
         return [Phase("train", self.context.recipe.epochs, self._passes)]
 
     def _passes(self, epoch: int) -> list[Pass]:
-        return [SupervisedPass(self.context, 0, self.engines[0], epoch, self._loss)]
+        return [SupervisedPass(self.context, 0, self.engines[0], epoch, self._loss, after=self._measure)]
 
     def _loss(self, engine: Engine, step: Step) -> Mapping[str, Tensor]:
         """Equation 6: cross-entropy + lambda / n sum_i log(1 - <p_i, t_i>)."""
@@ -47,6 +48,10 @@ class ELR(Method):
         targets = beta * before + (1 - beta) * F.normalize(probabilities, p=1, dim=1)
         self.targets[ids] = targets
         return targets
+
+    def _measure(self) -> Metrics:
+        """How well the targets tell which given labels are right. A collective."""
+        return label_quality(self.context, self.verdicts().clean_probability, TAU)
 
     def verdicts(self) -> Verdicts:
         """See Method: the targets are the network's averaged opinion of each sample."""

@@ -1,6 +1,7 @@
 """PENCIL (Yi and Wu, CVPR 2019): docs/baselines.md."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +9,12 @@ from torch import Tensor
 
 from nldist.dist.engine import Engine
 from nldist.methods.cross_entropy import cross_entropy
-from nldist.passes.base import Pass
+from nldist.passes.base import Metrics, Pass
 from nldist.passes.context import Context
 from nldist.passes.method import Method, Phase, Verdicts
 from nldist.passes.soft import soft_labels, soft_verdicts
-from nldist.passes.supervised import Loss, Rate, Step, SupervisedPass
+from nldist.passes.supervised import Loss, Step, SupervisedPass
+from nldist.passes.sweep import TAU, label_quality
 
 _K = 10.0  # the paper's: the label of an unchanged sample has e^10 times the weight of each other class
 
@@ -35,16 +37,22 @@ class Pencil(Method):
         rest = self.context.recipe.epochs - settings.warmup_epochs - settings.correction_epochs
         return [
             Phase("backbone", settings.warmup_epochs, lambda epoch: [self._pass(epoch, cross_entropy)]),
-            Phase("labels", settings.correction_epochs, lambda epoch: [self._pass(epoch, self._learn_labels)]),
+            Phase("labels", settings.correction_epochs, self._correct),
             Phase("finetune", rest, self._finetune),
         ]
 
-    def _pass(self, epoch: int, loss: Loss, rate: Rate | None = None) -> Pass:
-        return SupervisedPass(self.context, 0, self.engines[0], epoch, loss, rate=rate)
+    def _pass(self, epoch: int, loss: Loss, **options: Any) -> Pass:
+        return SupervisedPass(self.context, 0, self.engines[0], epoch, loss, **options)
+
+    def _correct(self, epoch: int) -> list[Pass]:
+        return [self._pass(epoch, self._learn_labels, after=self._measure)]
 
     def _finetune(self, epoch: int) -> list[Pass]:
-        factor = self.settings.finetune_lr / self.context.recipe.optim.lr
-        return [self._pass(epoch, self._fit_labels, lambda epoch: factor * self.context.learning_rate(epoch))]
+        return [self._pass(epoch, self._fit_labels, rate=self._finetune_rate, after=self._measure)]
+
+    def _finetune_rate(self, epoch: float) -> float:
+        optim = self.context.recipe.optim
+        return self.settings.finetune_lr / optim.lr * self.context.learning_rate(epoch)
 
     def _learn_labels(self, engine: Engine, step: Step) -> Mapping[str, Tensor]:
         """L = L_c / C + alpha L_o + beta L_e / C; and a step of the batch's label variables along it."""
@@ -64,6 +72,10 @@ class Pencil(Method):
         """The fine-tuning: the label distributions stay, the network learns them."""
         (logits,) = engine.forward((step.images, "classify"))
         return {"loss": divergence(logits, self.variables[step.ids].to(logits.dtype).log_softmax(1))}
+
+    def _measure(self) -> Metrics:
+        """How well the label distributions tell which given labels are right. A collective."""
+        return label_quality(self.context, self.verdicts().clean_probability, TAU)
 
     def verdicts(self) -> Verdicts:
         """See Method: the label distributions are the method's own opinion."""
