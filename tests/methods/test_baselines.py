@@ -38,7 +38,11 @@ def columns(run_dir: Path) -> dict[str, np.ndarray]:
     return {path.name: np.load(path) for path in newest.rglob("*.npy")}
 
 
-@pytest.mark.parametrize("name", JOBS)
+# Of the others the engine and the columns are these two's.
+QUICK = ("co_teaching_plus", "pencil")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in JOBS])
 def test_it_learns_and_killed_in_the_middle_of_an_epoch_it_ends_with_the_same(
     name: str, digits: Path, tmp_path: Path
 ) -> None:

@@ -416,7 +416,7 @@ def test_a_dry_run_tells_of_images_and_state(digits: Path) -> None:
 @pytest.mark.parametrize(
     ("world_size", "step", "overrides"),
     [
-        (2, 110, ("method.mixture.history=3",)),
+        pytest.param(2, 110, ("method.mixture.history=3",), marks=pytest.mark.slow),
         (3, 73, (*DATA_SET, "method.mixnn.refresh_epochs=2", "method.soft_dtype=float16")),
     ],
     ids=["in_batch", "data_set"],
