@@ -152,14 +152,7 @@ class Index:
             raise UserError(f"{self.root}/{self.split}: no label set {name!r}; there are: {existing}")
         if len(paths) > 1:
             raise UserError(f"two label sets have the name {name!r}: {paths[0]} and {paths[1]}; rename one")
-        path = paths[0]
-        table = _read_columns(path, ["id", "label"])
-        ids: np.ndarray = table.column("id").to_numpy()
-        labels: np.ndarray = table.column("label").to_numpy()
-        if not np.array_equal(ids, np.arange(len(self))):
-            raise UserError(f"{path}: must hold every id from 0 to {len(self) - 1} once, in order")
-        _check_range(path, "label", labels, self.num_classes)
-        return labels.astype(np.int32)
+        return _read_labels(paths[0], len(self), self.num_classes)
 
     def _map(self, num_samples: int) -> np.ndarray:
         """The columns' file as a read-only array of RECORD, written first where there is none."""
@@ -192,6 +185,16 @@ class Index:
         raise UserError(
             f"{paths[0].parent} is read-only: set data.cache_dir to a directory on this node (noise: --labels-dir)"
         )
+
+
+def _read_labels(path: Path, num_samples: int, num_classes: int) -> np.ndarray:
+    table = _read_columns(path, ["id", "label"])
+    ids: np.ndarray = table.column("id").to_numpy()
+    labels: np.ndarray = table.column("label").to_numpy()
+    if not np.array_equal(ids, np.arange(num_samples)):
+        raise UserError(f"{path}: must hold every id from 0 to {num_samples - 1} once, in order")
+    _check_range(path, "label", labels, num_classes)
+    return labels.astype(np.int32)
 
 
 def _reopen(root: Path, split: str, cache_dir: Path | None, labels_dir: Path | None, stamp: str) -> Index:
