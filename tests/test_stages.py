@@ -1,6 +1,7 @@
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.passes.data import Data
 from nldist.run.directory import RunDirectory
-from nldist.train.stages import _is_done, stage_directories, stages_of
+from nldist.train.stages import _is_done, check_stages, stage_directories, stages_of
 from tests.contexts import open_context
 from tests.jobs import DIGITS, output, run_job
 from tests.test_train import assert_same_weights, epoch_records
@@ -297,3 +298,20 @@ def test_more_neighbours_than_images_are_refused(digits: Path) -> None:
     with pytest.raises(UserError, match=r"mine\.k=12 neighbours, but an image has 11 others"):
         mine.check(config, few, 1)
     mine.check(load_config(DIGITS, [*SHORT, "mine.k=11"]), few, 1)
+
+
+def test_a_full_disk_is_told_before_the_first_stage_but_not_of_what_is_done(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(DIGITS, [f"data.root={digits}", f"run.dir={tmp_path / 'run'}", *SHORT])
+    data, directories = Data.open(config.data), stage_directories(config, "same")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4 * 1437 * (10 + 16) - 1))
+    with pytest.raises(UserError, match=r"the stages leave 0\.0 GiB below .*, where 0\.0 are free"):
+        check_stages(config, data, directories, 1)
+    directories["mine"].mkdir(parents=True)
+    check_stages(config, data, directories, 1)
+    odd = load_config(DIGITS, [f"run.dir={tmp_path / 'run'}", *SHORT, "mine.factory=IVF2000,Flat"])
+    with pytest.raises(UserError, match="more lists than there are vectors"):
+        check_stages(odd, data, directories, 1)
+    (directories["mine"] / "summary.json").write_text("{}")
+    check_stages(odd, data, directories, 1)

@@ -124,6 +124,7 @@ class Stage:
         settings: beginnings of the names of the settings that decide about its outcome, beside the shared ones.
         views: what else decides: views under the names of the settings that choose them.
         check: refuses (UserError) settings that do not fit the data or the number of ranks, before any stage begins.
+        num_bytes: that it leaves on the disk, where that grows with the data.
     """
 
     name: str
@@ -133,6 +134,7 @@ class Stage:
     settings: tuple[str, ...] = ()
     views: Callable[[Config], dict[str, Any]] = lambda config: {}
     check: Callable[[Config, Data, int], None] = lambda config, data, world_size: None
+    num_bytes: Callable[[Config, Data], int] = lambda config, data: 0
 
     def decides(self, config: Config) -> list[Any]:
         """What decides about its outcome, beside the images and the stages before: of plain values."""

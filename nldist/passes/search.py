@@ -47,8 +47,13 @@ class SearchSweep(Sweep):
         ids = np.arange(len(context.train)) if self._population is None else self._population
         places = range(*np.searchsorted(ids, [owned.start, owned.stop]).tolist())
         mine = ids[places.start : places.stop]
-        assert self._features is not None
-        index = ShardedIndex.build(normalise(self._features[mine - owned.start].numpy()), context.world)
+        # A rank that has seen no image has to know the width, too.
+        own_width = torch.tensor(0 if self._features is None else self._features.shape[1])
+        width = int(context.world.all_reduce(own_width, "max"))
+        features = self._features
+        if features is None:
+            features = torch.zeros((len(owned), width), dtype=torch.float32)
+        index = ShardedIndex.build(normalise(features[mine - owned.start].numpy()), context.world)
         found = neighbours_of(index, places, self._column.rows.shape[1])
         self._column[torch.from_numpy(mine)] = torch.from_numpy(ids[found])
         return {}

@@ -1,6 +1,5 @@
 """Stage mine: features of every image in one sweep, then the graph of nearest neighbours (ScanMix, section 3.2)."""
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -162,17 +161,22 @@ class _Blocks:
 
 
 def _check(config: Config, data: Data, _: int) -> None:
-    mine, pretext, num_samples = config.mine, config.pretext, len(data.train)
-    assert pretext is not None
+    mine, num_samples = config.mine, len(data.train)
     if mine.k >= num_samples:
         raise UserError(f"mine.k={mine.k} neighbours, but an image has {num_samples - 1} others; set less")
-    dim = pretext.dim if mine.layer == "projector" else _WIDEST
-    check_factory(dim, mine.factory, mine.num_probe, num_samples)
-    needed = 4 * num_samples * (mine.k + dim)  # the graph, and a checkpoint of the features
-    folder = (config.run.stages_dir or config.run.dir).absolute()
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    if (free := shutil.disk_usage(place).free) < needed:
-        raise UserError(f"stage mine leaves {needed / 2**30:.1f} GiB below {place}, where {free / 2**30:.1f} are free")
+    check_factory(_dim(config), mine.factory, mine.num_probe, num_samples)
 
 
-MINE = Stage("mine", _recipe, Mine, needs=("pretext",), settings=("mine.",), views=_views, check=_check)
+def _dim(config: Config) -> int:
+    assert config.pretext is not None
+    return config.pretext.dim if config.mine.layer == "projector" else _WIDEST
+
+
+def _num_bytes(config: Config, data: Data) -> int:
+    """The graph, and a checkpoint of the features."""
+    return 4 * len(data.train) * (config.mine.k + _dim(config))
+
+
+MINE = Stage(
+    *("mine", _recipe, Mine), needs=("pretext",), settings=("mine.",), views=_views, check=_check, num_bytes=_num_bytes
+)

@@ -16,7 +16,7 @@ from nldist.passes.context import Context
 from nldist.passes.data import Data, check_size
 from nldist.passes.method import Method, Phase
 from nldist.run.directory import RunDirectory
-from nldist.train.stages import TRAIN, stage_directories, stages_of
+from nldist.train.stages import TRAIN, check_stages, stage_directories, stages_of
 
 _STEPS_AHEAD = 4  # batches of one worker that are made, waiting or in use
 _PROBE = 4  # images in the forward and backward pass that measures activations
@@ -34,9 +34,10 @@ def dry_run(config: Config, world_size: int) -> Iterator[str]:
     data = Data.open(config.data)
     check_size(len(data.train), world_size)
     yield from _data_lines(Context(config, TRAIN.name, config.recipe, world, data))
-    directories = stage_directories(config, data.fingerprint(labels=False)) | {TRAIN.name: config.run.dir}
+    directories = stage_directories(config, data.fingerprint(labels=False))
+    check_stages(config, data, directories, world_size)
+    directories |= {TRAIN.name: config.run.dir}
     for stage in stages_of(config):
-        stage.check(config, data, world_size)
         path = directories[stage.name]
         done = stage is not TRAIN and RunDirectory(path).summary is not None
         yield f"stage       {stage.name} in {path}{' (done before: it will not run)' if done else ''}"

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from nldist.passes.context import Context
 from nldist.passes.data import Data
 from nldist.passes.method import Stage
 from nldist.run.directory import RunDirectory
-from nldist.run.status import StatusFile
+from nldist.run.status import SUMMARY_FILE, StatusFile
 from nldist.track.tracker import NullTracker, Status, Tracker
 from nldist.train.loop import Trainer
 from nldist.train.progress import Progress
@@ -59,9 +59,8 @@ def train(config: Config, only: Sequence[str] | None = None) -> int:
         with contextlib.closing(run), status.of_job(world.size):
             data = Data.open(config.data)
             data.check(world)
-            for stage in stages:
-                stage.check(config, data, world.size)
             directories = world.broadcast_object(stage_directories(config, data.fingerprint(labels=False)))
+            check_stages(config, data, directories, world.size)
             opened = _Run(config, world, data, directories, status)
             for stage in stages[:-1]:
                 if code := opened.run_before(stage, wanted):
@@ -107,6 +106,23 @@ def stage_directories(config: Config, images: str) -> dict[str, Path]:
         inputs = [version, settings | model, images, [digests[need] for need in stage.needs]]
         digests[stage.name] = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:10]
     return {name: root / f"{name}-{digest}" for name, digest in digests.items()}
+
+
+def check_stages(config: Config, data: Data, directories: Mapping[str, Path], world_size: int) -> None:
+    """Refuse (UserError), before any stage begins, what one that is not done would, and more than the disk has room for.
+
+    A stage that was begun has written much of it already: it does not count.
+    """
+    needed = 0
+    for stage in stages_of(config):
+        path = directories.get(stage.name)
+        if path is None or not (path / SUMMARY_FILE).exists():
+            stage.check(config, data, world_size)
+            needed += stage.num_bytes(config, data) if path is not None and not path.exists() else 0
+    folder = (config.run.stages_dir or config.run.dir).absolute()
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise UserError(f"the stages leave {needed / 2**30:.1f} GiB below {place}, where {free / 2**30:.1f} are free")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from nldist.config.file import load_config
 from nldist.dist.world import World
 from nldist.methods.cross_entropy import CrossEntropy
 from nldist.passes.method import Verdicts
+from nldist.passes.search import SearchSweep
 from nldist.passes.sweep import ClosingSweep, FeatureSweep, LossSweep
 from nldist.train.run_pass import run_pass
 from tests.contexts import open_context, task_of
@@ -103,3 +104,19 @@ def test_a_sweep_may_take_the_losses_of_other_labels_than_the_given_ones(digits:
         for losses, suggested in run_ranks(losses_of_other_labels, size, digits, trained):
             np.testing.assert_allclose(losses, expected, rtol=1e-4, atol=1e-5)
             assert (suggested == logits.argmax(1)).mean() > 0.998
+
+
+def searched(world: World, digits: Path) -> np.ndarray:
+    """Of images that the first rank of three owns."""
+    context = build(digits, world).context
+    column = context.table.add("near", torch.int32, (3,), fill=-1)
+    few = np.arange(0, 400, 2)
+    run_pass(context, SearchSweep(context, lambda images: images[:, 0].flatten(1), column, few))
+    return column.gather()
+
+
+def test_a_rank_without_an_image_takes_part_in_the_search(digits: Path) -> None:
+    alone = searched(World.single(), digits)
+    assert (alone[np.arange(0, 400, 2)] >= 0).all()
+    for gathered in run_ranks(searched, 3, digits):
+        np.testing.assert_array_equal(gathered, alone)
