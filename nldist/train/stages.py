@@ -109,7 +109,7 @@ def stage_directories(config: Config, images: str) -> dict[str, Path]:
 
 
 def check_stages(config: Config, data: Data, directories: Mapping[str, Path], world_size: int) -> None:
-    """Refuse (UserError), before any stage begins, what one that is not done would, and more than the disk has room for.
+    """Refuse (UserError), before any stage begins, what one to be done would, and more than the disk has room for.
 
     A stage that was begun has written much of it already: it does not count.
     """
