@@ -7,10 +7,11 @@ import sys
 from nldist.errors import UserError
 
 
-def run_python(*arguments: str) -> None:
-    """Run `python ARGUMENTS` with one thread per process; stop here if it fails."""
+def run_python(*arguments: str, quiet: bool = False) -> None:
+    """Run `python ARGUMENTS` with one thread per process; stop here if it fails. If quiet, without what it prints."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    code = subprocess.run([sys.executable, *arguments], env=environment, check=False).returncode
+    out = subprocess.DEVNULL if quiet else None
+    code = subprocess.run([sys.executable, *arguments], env=environment, stdout=out, check=False).returncode
     if code != 0:
         raise UserError(f"python {' '.join(arguments)} ended with code {code}")
 

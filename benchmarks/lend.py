@@ -101,19 +101,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("labels", help="worst, or symPERCENT")
     parser.add_argument("--source", type=Path, default=Path("../shared/data/cifar10"))
-    parser.add_argument("--work", type=Path, default=Path("runs/lend"))
+    parser.add_argument("--num-train", type=int, default=5000, help="training images")
+    parser.add_argument("--work", type=Path, help="default: runs/lendNUM_TRAIN")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=PROFILES)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs")
     options = parser.parse_intermixed_args()
     if not re.fullmatch(r"worst|sym\d+", options.labels):
         raise UserError(f"labels={options.labels} is neither worst nor such as sym40")
-    prepare(options, num_train=5000)
+    options.work = options.work or Path(f"runs/lend{options.num_train}")
+    prepare(options, options.num_train)
     rows = [run(profile, seed, options) for profile in options.profiles for seed in options.seeds]
     for profile in options.profiles:
         report(profile, [row for row in rows if row["profile"] == profile])
-    path = record.write(f"lend-{options.labels}", ["torch", "torchvision"], {"labels": options.labels, "runs": rows})
-    draw(path.with_suffix(".png"), options.labels, rows)
+    results = {"labels": options.labels, "num_train": options.num_train, "runs": rows}
+    path = record.write(f"lend-{options.labels}-{options.num_train}", ["torch", "torchvision"], results)
+    draw(path.with_suffix(".png"), f"LEND, {options.num_train:,} CIFAR-10 images, labels {options.labels}", rows)
     print(f"recorded in {path}")
 
 
@@ -154,13 +157,13 @@ def ranges(epochs: np.ndarray) -> str:
     return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs if len(r)) or "none"
 
 
-def draw(path: Path, labels: str, rows: list[dict[str, Any]]) -> None:
+def draw(path: Path, title: str, rows: list[dict[str, Any]]) -> None:
     """The curves of each profile, as means over the seeds."""
     series = {}
     for profile in dict.fromkeys(row["profile"] for row in rows):
         for name, values in means([row for row in rows if row["profile"] == profile]).items():
             series[f"{profile}: {CURVES[name]}"] = (np.arange(1, len(values) + 1), values)
-    plots.curves(path, series, "% right of the training labels", f"LEND, 5,000 CIFAR-10 images, labels {labels}")
+    plots.curves(path, series, "% right of the training labels", title)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,9 @@ class DistSection(Section):
     """Ranks and devices."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    num_threads: int | None = Field(None, ge=1, description="CPU threads per rank; none = cores / local ranks")
+    num_threads: int | None = Field(
+        None, ge=1, description="CPU threads per rank; none = OMP_NUM_THREADS, or cores / local ranks"
+    )
     timeout_seconds: float = Field(1800.0, gt=0, description="longest wait in one collective before the run fails")
     interface: Name | None = Field(None, description="network interface of gloo and nccl; none = they choose")
 

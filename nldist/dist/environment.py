@@ -14,7 +14,8 @@ class Place:
 
     Attributes:
         num_local: ranks on this node.
-        num_threads: CPUs that are this rank's own, None where the node's are shared by its ranks.
+        num_threads: OMP_NUM_THREADS, or in a Slurm step the CPUs that are this rank's own; None where the node's are
+            shared by its ranks.
         address, port: of rank 0's store; None with one rank, or where the environment has them already.
     """
 
@@ -38,14 +39,17 @@ class Place:
         """
         try:
             if "RANK" in os.environ:
-                return cls(_number("RANK"), _number("WORLD_SIZE"), _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE"))
+                place = [_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+                threads = _omp_threads()
+                # torchrun sets 1 where the user has set nothing.
+                return cls(*place, num_threads=None if threads == 1 else threads)
             if "SLURM_STEP_ID" in os.environ and _number("SLURM_STEP_NUM_TASKS") > 1:
                 return cls._of_slurm()
+            return cls(num_threads=_omp_threads())
         except (KeyError, ValueError) as error:
             raise UserError(
                 f"the launcher's environment is broken ({error}); start through submit.py, torchrun or srun"
             ) from error
-        return cls()
 
     @classmethod
     def _of_slurm(cls) -> "Place":
@@ -64,6 +68,12 @@ class Place:
             # of a job, as the port of one may be taken.
             port=_FIRST_PORT + (_step_number() + 997 * num_restarts()) % _NUM_PORTS,
         )
+
+
+def _omp_threads() -> int | None:
+    """OMP_NUM_THREADS; None where it is not set, or is a list for nested teams."""
+    text = os.environ.get("OMP_NUM_THREADS", "")
+    return int(text) or None if text.isdecimal() else None
 
 
 def _step_number() -> int:

@@ -21,8 +21,9 @@ STEP = {
 
 @pytest.fixture(autouse=True)
 def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
     for name in os.environ:
-        if name.startswith(("SLURM", "SUBMITIT")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        if name.startswith(("SLURM", "SUBMITIT")) or name in torchrun:
             monkeypatch.delenv(name)
 
 
@@ -34,6 +35,17 @@ def setenv(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
 def test_nothing_is_one_rank() -> None:
     assert Place.find() == Place()
     assert (job_id(), num_restarts()) == (None, 0)
+
+
+@pytest.mark.parametrize(("text", "alone", "under_torchrun"), [("1", 1, None), ("3", 3, 3), ("4,2", None, None)])
+def test_the_users_number_of_threads_counts(
+    monkeypatch: pytest.MonkeyPatch, text: str, alone: int | None, under_torchrun: int | None
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    assert Place.find().num_threads == alone
+    setenv(monkeypatch, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
+    # torchrun sets 1 where the user has set nothing.
+    assert Place.find().num_threads == under_torchrun
 
 
 def test_a_slurm_step(monkeypatch: pytest.MonkeyPatch) -> None:
