@@ -110,7 +110,7 @@ def main() -> None:
     if not re.fullmatch(r"worst|sym\d+", options.labels):
         raise UserError(f"labels={options.labels} is neither worst nor such as sym40")
     options.work = options.work or Path(f"runs/lend{options.num_train}")
-    prepare(options, options.num_train)
+    prepare(options, options.num_train, num_test=2000)
     rows = [run(profile, seed, options) for profile in options.profiles for seed in options.seeds]
     for profile in options.profiles:
         report(profile, [row for row in rows if row["profile"] == profile])
