@@ -80,7 +80,7 @@ def main() -> None:
     # By seeds, so that what there is after a while has all methods.
     wanted = [(name, seed) for seed in options.seeds for name in options.methods]
     with ThreadPoolExecutor(options.jobs) as pool:
-        rows = list(pool.map(lambda run: train(*run, options), wanted))
+        rows = list(pool.map(lambda run: train(run[0], run[1], options), wanted))
     report(options.methods, rows)
     results = {"labels": options.labels, "runs": rows}
     print(f"recorded in {record.write(f'methods-{options.labels}', ['torch', 'torchvision', 'webdataset'], results)}")

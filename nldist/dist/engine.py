@@ -99,6 +99,10 @@ class Engine(ABC):
             predicted = (self.model if by is None else by)(*self._formatted([(images, *outputs)]))
         return [_at_least_float32(output) for output in predicted]
 
+    def infer(self, images: Tensor, *outputs: str) -> list[Tensor]:
+        """Outputs of this network's latest weights in eval mode, at least float32, no gradient."""
+        return self.predict(images, *outputs, by=self.model.eval())
+
     def evaluate(self, images: Tensor, *outputs: str) -> list[Tensor]:
         """Outputs of the averaged weights where they are kept, in eval mode, at least float32, no gradient."""
         return self.predict(images, *outputs, by=self.evaluated.eval())

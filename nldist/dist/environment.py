@@ -39,10 +39,14 @@ class Place:
         """
         try:
             if "RANK" in os.environ:
-                place = [_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
                 threads = _omp_threads()
-                # torchrun sets 1 where the user has set nothing.
-                return cls(*place, num_threads=None if threads == 1 else threads)
+                return cls(
+                    rank=_number("RANK"),
+                    size=_number("WORLD_SIZE"),
+                    local_rank=_number("LOCAL_RANK"),
+                    num_local=_number("LOCAL_WORLD_SIZE"),
+                    num_threads=None if threads == 1 else threads,  # torchrun sets 1 where the user has set nothing
+                )
             if "SLURM_STEP_ID" in os.environ and _number("SLURM_STEP_NUM_TASKS") > 1:
                 return cls._of_slurm()
             return cls(num_threads=_omp_threads())

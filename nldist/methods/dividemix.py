@@ -110,7 +110,7 @@ class DivideMix(Method):
         return [*sweeps, self.ssl(self, 0, epoch), self.ssl(self, 1, epoch)]
 
     def _logits(self, engine: Engine, images: Tensor) -> Tensor:
-        return engine.predict(images, "classify", by=engine.model.eval())[0]
+        return engine.infer(images, "classify")[0]
 
     def _subset(self, epoch: int, number: int) -> np.ndarray:
         """A fresh class-balanced subset for each network and epoch (docs/dividemix.md, "Two forms")."""

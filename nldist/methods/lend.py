@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,14 +9,13 @@ from torch import Tensor
 from nldist.config import LendMethod
 from nldist.dist.engine import Engine
 from nldist.dist.rows import first_row, gather_rows, row_counts
-from nldist.estimate.division import split_quality
 from nldist.losses import one_hot
 from nldist.passes.base import Metrics, Pass
 from nldist.passes.context import Context
 from nldist.passes.method import Method, Phase, Verdicts
-from nldist.passes.soft import soft_labels
+from nldist.passes.soft import soft_labels, soft_verdicts
 from nldist.passes.supervised import Step, SupervisedPass
-from nldist.passes.sweep import TAU
+from nldist.passes.sweep import TAU, label_quality
 
 
 class Lend(Method):
@@ -77,22 +75,17 @@ class Lend(Method):
 
     def verdicts(self) -> Verdicts:
         """The diluted labels: what of each is its given label's, and the class that has the most."""
-        ids, rows, unseen = self.diluted.owned, self.diluted.rows, ~self.seen.rows.cpu().numpy()
-        given = torch.from_numpy(self.context.labels[ids.start : ids.stop]).long().to(rows.device)
-        share = rows.gather(1, given[:, None])[:, 0].float() / rows.sum(1, dtype=torch.float32)
-        clean, suggested = share.cpu().numpy(), rows.argmax(1).cpu().numpy()
-        clean[unseen], suggested[unseen] = np.nan, -1
-        return Verdicts(clean, suggested)
+        return soft_verdicts(self.context, self.diluted.rows, self.seen.rows)
 
     def quality(self) -> Metrics:
         """How well the diluted labels tell right from wrong; where that is known, how many are right. A collective."""
         context, verdicts = self.context, self.verdicts()
-        clean = context.world.all_gather(verdicts.clean_probability)
-        suggested = context.world.all_gather(verdicts.suggested.astype(np.int16))
+        found = label_quality(context, verdicts.clean_probability, TAU)
+        suggested = context.world.all_gather(verdicts.suggested)
         if context.clean is None or not context.world.is_main:  # it reports
-            return split_quality(clean, None, TAU)
+            return found
         right = (suggested == context.clean)[suggested >= 0].mean()
-        return split_quality(clean, context.clean == context.labels, TAU) | {"diluted_accuracy": 100 * float(right)}
+        return found | {"diluted_accuracy": 100 * float(right)}
 
 
 class LendPass(SupervisedPass):

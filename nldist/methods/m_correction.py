@@ -75,7 +75,7 @@ class MCorrection(Method):
 
     def _eval_logits(self, images: Tensor) -> Tensor:
         engine = self.engines[0]
-        return engine.predict(images, "classify", by=engine.model.eval())[0]
+        return engine.infer(images, "classify")[0]
 
     def _fit(self, sweep: LossSweep) -> Metrics:
         """The mixture over all losses (section 3.1); where none can be made the one before stays."""

@@ -77,7 +77,7 @@ class MixNN(Method):
         return [self._sweep(), *search, NeighbourhoodPass(self, epoch)]
 
     def _features(self, images: Tensor) -> Tensor:
-        return self.engines[0].predict(images, "features", by=self.engines[0].model.eval())[0]
+        return self.engines[0].infer(images, "features")[0]
 
     # The mixture
 
@@ -91,7 +91,7 @@ class MixNN(Method):
         )
 
     def _logits(self, images: Tensor) -> Tensor:
-        return self.engines[0].predict(images, "classify", by=self.engines[0].model.eval())[0]
+        return self.engines[0].infer(images, "classify")[0]
 
     def divide(self, sweep: LossSweep) -> Metrics:
         """The mixture over the losses of the corrected labels argmax s_i gives every sample its weight w_i."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +11,7 @@ from nldist.methods.cross_entropy import cross_entropy
 from nldist.passes.base import Metrics, Pass
 from nldist.passes.context import Context
 from nldist.passes.method import Method, Phase, Verdicts
-from nldist.passes.soft import accuracy, corrected, given_share, soft_labels, update
+from nldist.passes.soft import accuracy, soft_labels, soft_verdicts, update
 from nldist.passes.supervised import Step, SupervisedPass
 from nldist.passes.sweep import TAU, label_quality
 
@@ -57,9 +56,7 @@ class SELC(Method):
 
     def _judge(self) -> Verdicts:
         """The given labels' shares of the soft ones, and the classes that these are largest for."""
-        seen = self.seen.rows.cpu().numpy()
-        share, suggested = given_share(self.context, self.soft), corrected(self.soft)
-        return Verdicts(np.where(seen, share, np.float32(np.nan)), np.where(seen, suggested, -1))
+        return soft_verdicts(self.context, self.soft.rows, self.seen.rows)
 
     def verdicts(self) -> Verdicts | None:
         """The soft labels; with a subset None: they are not those of every sample."""

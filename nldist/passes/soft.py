@@ -70,10 +70,17 @@ def accuracy(context: Context, column: Column, population: np.ndarray | None = N
     return {"soft_accuracy": 100 * float(counts[0] / counts[1])}
 
 
-def soft_verdicts(context: Context, rows: Tensor) -> Verdicts:
-    """What rows (owned, C) of class probabilities, of any sum, say of the labels; a row of zeros says nothing."""
+def soft_verdicts(context: Context, rows: Tensor, seen: Tensor | None = None) -> Verdicts:
+    """What rows of class probabilities say of the labels.
+
+    Args:
+        context: of the run.
+        rows: (owned, C), of any sum; a row of zeros says nothing.
+        seen: bool (owned,), which of them say something; None = all others.
+    """
     owned, total = context.table.owned, rows.float().sum(1)
     labels = torch.from_numpy(context.labels[owned.start : owned.stop]).long().to(rows.device)
-    clean = rows.float().gather(1, labels[:, None])[:, 0] / total  # 0 / 0 is NaN: not seen
-    suggested = torch.where(total > 0, rows.argmax(1), -1)
+    told = total > 0 if seen is None else seen & (total > 0)
+    clean = torch.where(told, rows.float().gather(1, labels[:, None])[:, 0] / total, torch.nan)
+    suggested = torch.where(told, rows.argmax(1), -1)
     return Verdicts(clean.cpu().numpy(), suggested.cpu().numpy().astype(np.int16))

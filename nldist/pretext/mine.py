@@ -86,7 +86,7 @@ class Mine(Method):
     def features(self, images: Tensor) -> Tensor:
         """Features (b, d) of the configured layer, in eval mode, no gradient."""
         layer = "project" if self.settings.layer == "projector" else "features"
-        return self.engines[0].predict(images, layer, by=self.engines[0].model.eval())[0]
+        return self.engines[0].infer(images, layer)[0]
 
 
 class SearchPass(Pass):
