@@ -16,18 +16,15 @@ setup: .venv/.ready
 	touch $@
 
 DEMO := runs/demo
-SUBMIT := $(BIN)/python launcher/submit.py configs/demo.yaml --cluster local --tasks-per-node $(RANKS) --wait
 
 demo: setup
 	$(BIN)/python tools/shard.py digits $(DEMO)/data --name digits
 	$(BIN)/python tools/noise.py $(DEMO)/data --model symmetric --rate 0.8 --seed 0 --name sym80
-	$(SUBMIT) method.name=cross_entropy run.dir=$(DEMO)/cross_entropy
-	$(SUBMIT) method.name=dividemix run.dir=$(DEMO)/dividemix
-	$(SUBMIT) method.name=scanmix run.dir=$(DEMO)/scanmix
 	@echo; echo "Digits, 80 % of the labels drawn at random, $(RANKS) ranks:"; echo
-	@$(BIN)/nldist compare $(DEMO)/cross_entropy $(DEMO)/dividemix $(DEMO)/scanmix --json $(DEMO)/table.json
-	@echo; echo "Plots:"; ls $(DEMO)/*/plots/*.png $(DEMO)/stages/*/plots/*.png
-	@echo; echo "Which labels are wrong: $(DEMO)/scanmix/tables/samples.parquet"
+	$(BIN)/nldist compare configs/demo.yaml run.dir=$(DEMO) --methods cross_entropy,dividemix,scanmix \
+	    --cluster local --tasks-per-node $(RANKS)
+	@echo; echo "Plots:"; ls $(DEMO)/*.png $(DEMO)/*/plots/*.png $(DEMO)/stages/*/plots/*.png
+	@echo; echo "Which labels are wrong: $(DEMO)/scanmix-0/tables/samples.parquet"
 	@echo "To look at all runs:    $(BIN)/mlflow ui --backend-store-uri sqlite:///$(DEMO)/mlflow.db"
 
 # Many tests wait for processes that start or time out; two at a time use that.

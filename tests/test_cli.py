@@ -1,4 +1,3 @@
-import json
 import logging
 from pathlib import Path
 
@@ -102,36 +101,6 @@ def test_directories_that_are_no_runs(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "no config.yaml" in refused(capsys, "evaluate", str(tmp_path))
     assert "no summary.json" in refused(capsys, "compare", str(tmp_path))
     assert "tracked with MLflow" in refused(capsys, "sync", str(tmp_path))
-
-
-def test_compare_prints_and_writes_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for method, auc in (("cross_entropy", None), ("dividemix", 0.987)):
-        (tmp_path / method).mkdir()
-        summary = {
-            "stage": "train",
-            "method": method,
-            "accuracy": {"best": 98.5, "last": 97.25, "final": 97.0},
-            "split": {"auc": auc} if auc else None,
-            "images_per_second": 1234.5,
-            "world_size": 2,
-        }
-        (tmp_path / method / "summary.json").write_text(json.dumps(summary))
-    runs = [str(tmp_path / "cross_entropy"), str(tmp_path / "dividemix")]
-    assert main(["compare", runs[0], *runs]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [runs[0], runs[0], "dividemix"]
-    assert main(["compare", *runs, "--json", str(tmp_path / "table.json")]) == 0
-    table = capsys.readouterr().out.splitlines()
-    assert table[1].split() == ["cross_entropy", "98.50", "97.25", "-", "1,234", "2"]
-    assert table[2].split() == ["dividemix", "98.50", "97.25", "0.987", "1,234", "2"]
-    rows = json.loads((tmp_path / "table.json").read_text())
-    assert rows[1] == {
-        "method": "dividemix",
-        "best": 98.5,
-        "last": 97.25,
-        "split_auc": 0.987,
-        "images_per_second": 1234.5,
-        "world_size": 2,
-    }
 
 
 def test_what_modules_tell_is_printed_on_rank_0(capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,7 @@ def test_the_demo_s_commands_work_from_the_wheel(installed: Run) -> None:
     short = ["method.name=cross_entropy", "train.epochs=1", "track.enabled=false"]
     local = ["--cluster", "local", "--tasks-per-node", "2", "--wait"]
     installed("submit", "nldist:demo.yaml", *local, *short, "run.dir=runs/demo/cross_entropy")
-    table = installed("compare", "runs/demo/cross_entropy", "--json", "table.json")
+    table = installed("compare", "runs/demo/cross_entropy", "--out", ".")
     assert table.splitlines()[1].split()[0] == "cross_entropy"
     assert "done" in installed("status", "runs/demo/cross_entropy")
 

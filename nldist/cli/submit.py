@@ -31,6 +31,17 @@ def parser() -> Parser:
     )
     parse.add_argument("config", type=Path, metavar="CONFIG")
     parse.add_argument("overrides", nargs="*", metavar="key=value")
+    add_cluster(parse)
+    parse.add_argument("--array-seeds", metavar="0-4", help="an array with these seeds")
+    parse.add_argument("--sweep", action="append", default=[], metavar="KEY=V,V", help="an array with these values")
+    parse.add_argument("--stages", action="store_true", help="a job for each stage, each after the one before")
+    parse.add_argument("--wait", action="store_true", help="show rank 0's output until the end")
+    parse.add_argument("--dry-run", action="store_true", help="print the sbatch file; queue nothing")
+    return parse
+
+
+def add_cluster(parse: Parser) -> None:
+    """Where runs go, and what they get there."""
     parse.add_argument("--cluster", choices=("slurm", "local", "debug"), help="default: slurm where it is installed")
     parse.add_argument("--cluster-file", type=Path, help="default: cluster.yaml, if there is one")
     parse.add_argument("--nodes", type=int)
@@ -41,23 +52,32 @@ def parser() -> Parser:
     parse.add_argument("--time", help="limit of one start, [days-]hours:minutes:seconds; then the job is requeued")
     for name in ("partition", "account", "constraint", "qos"):
         parse.add_argument(f"--{name}")
-    parse.add_argument("--array-seeds", metavar="0-4", help="an array with these seeds")
-    parse.add_argument("--sweep", action="append", default=[], metavar="KEY=V,V", help="an array with these values")
-    parse.add_argument("--stages", action="store_true", help="a job for each stage, each after the one before")
-    parse.add_argument("--wait", action="store_true", help="show rank 0's output until the end")
-    parse.add_argument("--dry-run", action="store_true", help="print the sbatch file; queue nothing")
-    return parse
+
+
+def cluster_of(options: argparse.Namespace) -> Cluster:
+    """The cluster that is chosen, and UserError for an option that it does not know."""
+    cluster: Cluster = options.cluster or ("slurm" if has_slurm() else "local")
+    for name in SLURM_ONLY if cluster != "slurm" else ():
+        if getattr(options, name, None):
+            raise UserError(f"--{name.replace('_', '-')} is for Slurm; leave it out with --cluster {cluster}")
+    return cluster
+
+
+def settings_of(options: argparse.Namespace, cluster: Cluster) -> ClusterSettings:
+    """The options of `add_cluster` and those of cluster.yaml."""
+    given = {name: getattr(options, name, None) for name in ClusterSettings.model_fields}
+    return cluster_settings(
+        cluster, options.cluster_file, {name: value for name, value in given.items() if value is not None}
+    )
 
 
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Check, submit, and follow if asked to."""
     options = parser().parse_with_overrides(argv)
-    cluster: Cluster = options.cluster or ("slurm" if has_slurm() else "local")
+    cluster = cluster_of(options)
     refuse(options, cluster)
-    given = {name: getattr(options, name, None) for name in ClusterSettings.model_fields}
-    given = {name: value for name, value in given.items() if value is not None}
-    settings = cluster_settings(cluster, options.cluster_file, given)
+    settings = settings_of(options, cluster)
     # Imported when the options are known to be right: these take seconds.
     from nldist.launch.checks import check, claim
     from nldist.launch.submit import check_cluster, members, seeds
@@ -77,15 +97,14 @@ def refuse(options: argparse.Namespace, cluster: str) -> None:
     """Options that contradict the cluster."""
     if cluster == "slurm":
         return
-    for name in SLURM_ONLY:
-        if getattr(options, name):
-            raise UserError(f"--{name.replace('_', '-')} is for Slurm; leave it out with --cluster {cluster}")
     if options.stages:
         raise UserError(
             f"--stages makes jobs that wait for each other; with --cluster {cluster} one job runs all stages"
         )
     if options.sweep or options.array_seeds:
-        raise UserError(f"an array of runs is for Slurm; with --cluster {cluster} start them one by one")
+        raise UserError(
+            f"an array of runs is for Slurm; with --cluster {cluster} start them one by one, or by nldist compare"
+        )
 
 
 def root_of(configs: list[Config]) -> Path:
@@ -148,10 +167,12 @@ def numbers(jobs: list) -> str:
 
 def advice(configs: list[Config], root: Path, cluster: str, jobs: list) -> Iterator[str]:
     """Where to look, and what to type next."""
+    from nldist.track.store import store_uri
+
     run = configs[0].run.dir
     yield f"runs in    {root}" + (f" ({len(configs)} of them)" if len(configs) > 1 else "")
     if configs[0].track.enabled:
-        uri = configs[0].track.uri or f"sqlite:///{run.absolute().parent / 'mlflow.db'}"
+        uri = store_uri(configs[0])
         yield f"MLflow     {uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {shlex.quote(uri)}'}"
     yield f"to follow  nldist status {shlex.quote(str(run))}"
     if cluster == "slurm":

@@ -111,6 +111,7 @@ class TrackSection(Section):
     uri: Name | None = Field(None, description="MLflow store or server; none = mlflow.db beside the run directory")
     experiment: Name = "nldist"
     run_name: Name | None = Field(None, description="none = the run directory's name")
+    parent: Name | None = Field(None, description="tag nldist.job of the MLflow run that this one is nested under")
     system_metrics: bool = Field(True, description="CPU, memory and GPU use")
     every_seconds: float = Field(10.0, gt=0, description="interval of progress lines and step metrics")
     histogram_every: int = Field(5, ge=1, description="epochs between loss histograms")

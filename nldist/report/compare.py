@@ -1,51 +1,128 @@
-"""A table of runs that have ended."""
+"""Finished runs side by side: a row and a curve for each method, over its seeds."""
 
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from nldist.config.marks import deciding
 from nldist.errors import UserError
-from nldist.run.status import read_summary
+from nldist.report import plots
+from nldist.run.directory import RunDirectory
+from nldist.run.status import METRICS_FILE, read_summary
+
+_SEED = "run.seed"
+_NAME = "method.name"
+_HEAD = ("method", "seeds", "best %", "last %", "split AUC", "seconds", "images/s", "ranks")
 
 
-def compare(run_dirs: list[Path]) -> list[dict[str, Any]]:
-    """One row per run that has ended: method, accuracy best and last, split AUC, images per second, world size."""
-    rows = []
-    for run_dir in run_dirs:
-        summary = read_summary(run_dir)
-        if summary is None:
-            raise UserError(f"{run_dir} has no summary.json: it is no run, or has not ended")
-        if summary["stage"] != "train":
-            raise UserError(f"{run_dir} holds the stage {summary['stage']} of a run, which predicts no classes")
-        rows.append(
-            {
-                "method": summary["method"],
-                "best": summary["accuracy"]["best"],
-                "last": summary["accuracy"]["last"],
-                "split_auc": (summary["split"] or {}).get("auc"),
-                "images_per_second": summary["images_per_second"],
-                "world_size": summary["world_size"],
-            }
-        )
-    return rows
+@dataclass(frozen=True)
+class Finished:
+    """A run that has ended: its directory, its summary, and the settings that decided about it but for the seed."""
+
+    path: Path
+    summary: dict[str, Any]
+    settings: Mapping[str, Any]
+
+    def curve(self) -> dict[int, float]:
+        """Accuracy in percent by epoch, for those in which it was measured."""
+        lines = (self.path / METRICS_FILE).read_text().splitlines()
+        # Of an epoch that was done twice, on another number of ranks, the run went on from the later one.
+        return {
+            record["epoch"]: record["accuracy"]
+            for record in map(json.loads, lines)
+            if record["kind"] == "epoch" and record.get("accuracy") is not None
+        }
 
 
-def table(run_dirs: list[Path], rows: list[dict[str, Any]]) -> str:
-    """The rows of `compare` as aligned text; runs of one method are told apart by their directories."""
-    lines = [("method", "best %", "last %", "split AUC", "images/s", "ranks")]
-    methods = [row["method"] for row in rows]
-    for run_dir, row in zip(run_dirs, rows, strict=True):
-        auc = "-" if row["split_auc"] is None else f"{row['split_auc']:.3f}"
-        lines.append(
-            (
-                row["method"] if methods.count(row["method"]) == 1 else str(run_dir),
-                f"{row['best']:.2f}",
-                f"{row['last']:.2f}",
-                auc,
-                f"{row['images_per_second']:,.0f}",
-                str(row["world_size"]),
-            )
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but their seeds."""
+
+    name: str
+    runs: list[Finished]
+
+
+def read(run_dir: Path) -> Finished:
+    """A run that has ended.
+
+    Raises:
+        UserError: it is none, or a stage before the training.
+    """
+    summary = read_summary(run_dir)
+    if summary is None:
+        raise UserError(f"{run_dir} has no summary.json: it is no run, or has not ended")
+    if summary["stage"] != "train":
+        raise UserError(f"{run_dir} holds the stage {summary['stage']} of a run, which predicts no classes")
+    try:
+        settings = deciding(RunDirectory(run_dir).config())
+    except UserError:  # of a release with other settings: it stands alone
+        settings = {_NAME: summary["method"], "run": str(run_dir)}
+    settings = {"data set": summary["data_set"]} | {key: value for key, value in settings.items() if key != _SEED}
+    return Finished(run_dir, summary, settings)
+
+
+def grouped(runs: Iterable[Finished]) -> list[Group]:
+    """The runs by their settings, in the order of the first of each.
+
+    A group is called after its method, and where several have the same one also after what they differ in.
+    """
+    found: dict[str, list[Finished]] = {}
+    for run in runs:
+        found.setdefault(json.dumps(dict(run.settings), sort_keys=True), []).append(run)
+    return [Group(_name(own[0], [other[0] for other in found.values()]), own) for own in found.values()]
+
+
+def _name(run: Finished, others: Sequence[Finished]) -> str:
+    method = run.settings[_NAME]
+    alike = [other.settings for other in others if other.settings[_NAME] == method]
+    differing = {key for settings in alike for key in settings if any(s.get(key) != settings[key] for s in alike)}
+    return " ".join([method, *(f"{key}={run.settings.get(key)}" for key in sorted(differing))])
+
+
+def row(group: Group) -> dict[str, Any]:
+    """Means over a group's seeds, and the sample deviations of both accuracies (percent; None of one run)."""
+    summaries = [run.summary for run in group.runs]
+    values: dict[str, Any] = {"method": group.name, "seeds": [summary.get("seed") for summary in summaries]}
+    for name in ("best", "last"):
+        scores = [summary["accuracy"][name] for summary in summaries]
+        values |= {name: statistics.fmean(scores), f"{name}_deviation": _deviation(scores)}
+    areas = [summary["split"]["auc"] for summary in summaries if (summary["split"] or {}).get("auc") is not None]
+    values["split_auc"] = statistics.fmean(areas) if areas else None
+    for name in ("seconds", "images_per_second"):
+        values[name] = statistics.fmean(summary[name] for summary in summaries)
+    values["world_size"] = sorted({summary["world_size"] for summary in summaries})
+    return values | {"runs": [str(run.path) for run in group.runs]}
+
+
+def _deviation(scores: Sequence[float]) -> float | None:
+    return statistics.stdev(scores) if len(scores) > 1 else None
+
+
+def _cells(values: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        values["method"],
+        str(len(values["seeds"])),
+        *(_with_deviation(values[name], values[f"{name}_deviation"]) for name in ("best", "last")),
+        "-" if values["split_auc"] is None else f"{values['split_auc']:.3f}",
+        f"{values['seconds']:,.0f}",
+        f"{values['images_per_second']:,.0f}",
+        ",".join(map(str, values["world_size"])),
+    )
+
+
+def _with_deviation(mean: float, deviation: float | None) -> str:
+    return f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+
+
+def as_text(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The rows as aligned text."""
+    lines = [_HEAD, *map(_cells, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]
     return "\n".join(_align(line, widths) for line in lines)
 
 
@@ -53,3 +130,29 @@ def _align(cells: tuple[str, ...], widths: list[int]) -> str:
     """The first cell to the left, the others to the right."""
     first, *rest = cells
     return "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
+
+
+def as_markdown(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The rows as a table in Markdown."""
+    lines = [_HEAD, ("---", *["---:"] * (len(_HEAD) - 1)), *map(_cells, rows)]
+    escaped = ([cell.replace("|", r"\|") for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+
+
+def draw(path: Path, groups: Iterable[Group]) -> None:
+    """Accuracy by epoch: each group's mean, and what lies between its least and greatest run, as a PNG."""
+    series, bands = {}, {}
+    for group in groups:
+        curves = [run.curve() for run in group.runs]
+        epochs = sorted(set.intersection(*map(set, curves)))
+        values = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
+        series[group.name] = (epochs, values.mean(0))
+        if len(curves) > 1:
+            bands[group.name] = (values.min(0), values.max(0))
+    plots.curves(
+        path,
+        series,
+        "Accuracy, %",
+        "Accuracy by epoch" + (", mean and range of the seeds" if bands else ""),
+        bands=bands,
+    )

@@ -63,8 +63,12 @@ def curves(
     ylabel: str,
     title: str,
     xlabel: str = "Epoch",
+    bands: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
 ) -> None:
-    """Draw named curves (x values, y values) over one axis. A value that is not finite leaves a gap."""
+    """Draw named curves (x values, y values) over one axis. A value that is not finite leaves a gap.
+
+    `bands` has (least, greatest) y values around some of them.
+    """
     from matplotlib.ticker import MaxNLocator
 
     colours = [BLUE, ORANGE, GREEN, PINK, RED, SKY, BLACK]
@@ -73,6 +77,8 @@ def curves(
         for (name, (xs, ys)), (colour, line) in zip(series.items(), cycle(styles), strict=False):
             marker = "o" if np.size(xs) <= MAX_MARKED_POINTS else None
             axes.plot(xs, ys, line, color=colour, marker=marker, markersize=4, linewidth=1.8, label=name)
+            if name in (bands or {}):
+                axes.fill_between(xs, *(bands or {})[name], color=colour, alpha=0.2, linewidth=0)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)

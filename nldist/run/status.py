@@ -17,6 +17,7 @@ from nldist.errors import UserError, one_line
 from nldist.files import write_text
 
 STATUS_FILE = "status.json"
+METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 LOCK_FILE = ".lock"
 _FLOCK = "hhqqi4x"  # Linux's struct flock: type, whence, start, length, process

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from nldist.files import write_text
+from nldist.run.status import METRICS_FILE
 from nldist.track.jsonl import read_lines, to_number
 from nldist.track.store import artifact_root, connect, masked, valid_name
 from nldist.track.system import SYSTEM_FILE, sample_system
 
-METRICS_FILE = "metrics.jsonl"
 OUTBOX_FILE = ".mlflow.jsonl"
 STATE_FILE = ".mlflow.json"
 JOB_TAG = "nldist.job"
@@ -103,18 +103,28 @@ class Sender:
         """Find this job's MLflow run by its tag (a creation whose answer got lost), or create it."""
         state, job = self._state, self._first_start["job"]
         state.experiment_id = self._experiment_id()
-        found = self._mlflow.search_runs([state.experiment_id], f"tags.`{JOB_TAG}` = '{job}'", max_results=1)
-        run = found[0] if found else self._create_run(job)
-        state.run_id = run.info.run_id
+        parent, tags = self._start.get("parent"), {}
+        if parent:
+            # Its own tracker makes it; where the store was away then, it will find this one.
+            tags["mlflow.parentRunId"] = self._find_or_create(parent, self.run_dir.parent.name, {})
+        state.run_id = self._find_or_create(job, self._start["run_name"], tags)
         state.save(self.run_dir)
 
-    def _create_run(self, job: str) -> Any:
-        return self._mlflow.create_run(
-            self._state.experiment_id,
-            start_time=_milliseconds(self._first_start),
-            tags={JOB_TAG: job, "mlflow.source.name": "nldist", "mlflow.user": self._start["user"]},
-            run_name=self._start["run_name"],
+    def _find_or_create(self, job: str, name: str, tags: dict[str, str]) -> str:
+        """The id of the MLflow run with this tag."""
+        experiment = self._state.experiment_id
+        found = self._mlflow.search_runs([experiment], f"tags.`{JOB_TAG}` = '{job}'", max_results=1)
+        run = (
+            found[0]
+            if found
+            else self._mlflow.create_run(
+                experiment,
+                start_time=_milliseconds(self._first_start),
+                tags=tags | {JOB_TAG: job, "mlflow.source.name": "nldist", "mlflow.user": self._start["user"]},
+                run_name=name,
+            )
         )
+        return str(run.info.run_id)
 
     def _experiment_id(self) -> str:
         from mlflow.exceptions import MlflowException

@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from nldist.config import Config
 from nldist.errors import UserError
 from nldist.track.migrate import migrate_copied, refuse_older
 
@@ -29,6 +30,11 @@ def resolve_uri(uri: str) -> str:
     if not re.match(f"https?://|{DATABASES}", uri):
         raise UserError(f"track.uri: {uri!r} is no MLflow store: use sqlite:////PATH/mlflow.db or http://HOST:PORT")
     return uri
+
+
+def store_uri(config: Config) -> str:
+    """The MLflow store of a run: the one it names, else a file beside its directory."""
+    return config.track.uri or f"sqlite:///{config.run.dir.absolute().parent / 'mlflow.db'}"
 
 
 def connect(uri: str) -> tuple[Any, str | None]:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nldist.errors import UserError
+from nldist.run.status import METRICS_FILE
 from nldist.track.jsonl import JsonLines, read_lines, to_json
-from nldist.track.sender import HEAD, METRICS_FILE, OUTBOX_FILE, State
+from nldist.track.sender import HEAD, OUTBOX_FILE, State
 from nldist.track.store import masked, open_command, resolve_uri
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,9 @@ class Tracker:
     """Writes what a run reports to RUN/metrics.jsonl, from where a process of its own feeds MLflow.
 
     Nothing here waits for MLflow but `end`. For rank 0 only: the other ranks use `NullTracker`.
+
+    Attributes:
+        job: the tag nldist.job of the MLflow run; None without MLflow.
     """
 
     def __init__(
@@ -46,13 +50,15 @@ class Tracker:
         run_name: str,
         params: Mapping[str, Any],
         system_metrics: bool = False,
+        parent: str | None = None,
     ) -> None:
         """Start the record of a run, or go on with the one that `run_dir` holds (and with its MLflow run).
 
         `uri` names the MLflow store (`sqlite:////...`, `http://...`); None writes JSON lines only. `params`
         may be nested and have `world_size`; MLflow gets dotted names. It keeps a parameter's first value: one that
         a resumed run changed becomes the tag `changed.NAME`. `system_metrics` samples this node into
-        RUN/system.jsonl and MLflow (not without MLflow: the numbers are its monitors').
+        RUN/system.jsonl and MLflow (not without MLflow: the numbers are its monitors'). `parent` is the `job`
+        of the tracker whose MLflow run this one's is nested under.
         Raises `UserError` for a URI that MLflow has no store for, and for a damaged metrics.jsonl.
         """
         self._run_dir = run_dir.absolute()
@@ -61,9 +67,10 @@ class Tracker:
         self._world_size: int = params["world_size"]
         self._last = {record["kind"]: record for record, _ in read_lines(self._run_dir / METRICS_FILE)}
         self._outbox: JsonLines | None = None
+        self.job: str | None = None
         self._sender: subprocess.Popen[bytes] | None = None
         if self._uri is not None:
-            self._open_outbox(experiment, run_name, params)
+            self._open_outbox(params, experiment=experiment, run_name=run_name, parent=parent)
             self._sender = start_sender(
                 self._run_dir, *(["--system-seconds", str(SYSTEM_SECONDS)] if system_metrics else [])
             )
@@ -133,16 +140,16 @@ class Tracker:
         """What to type (or which page to open) to look at the run in MLflow; None without MLflow."""
         return open_command(self._uri) if self._uri is not None else None
 
-    def _open_outbox(self, experiment: str, run_name: str, params: Mapping[str, Any]) -> None:
+    def _open_outbox(self, params: Mapping[str, Any], **start: str | None) -> None:
         """Write this start to the outbox, with the parameters that are new or changed since the last one."""
         path = self._run_dir / OUTBOX_FILE
         self._outbox = JsonLines(path)
         known: dict[str, str] = {}
-        job = uuid.uuid4().hex
+        self.job = uuid.uuid4().hex
         for event, _ in read_lines(path):
             known.update(event.get("params", {}))
-            job = event.get("job", job)
-        self._tell("start", job=job, uri=self._uri, experiment=experiment, run_name=run_name, user=_user())
+            self.job = event.get("job", self.job)
+        self._tell("start", job=self.job, uri=self._uri, user=_user(), **start)
         now = {key: value[:MAX_PARAM_LENGTH] for key, value in flatten(params)}
         if new := {key: value for key, value in now.items() if key not in known}:
             self._tell("params", params=new)
@@ -158,7 +165,7 @@ class NullTracker(Tracker):
     """The tracker of every rank but 0: takes everything, does nothing."""
 
     def __init__(self) -> None:
-        self._uri = None
+        self._uri = self.job = None
 
     def log(self, values: Mapping[str, float | int | str | None], *, epoch: int, step: int, kind: str = "step") -> None:
         """Do nothing."""

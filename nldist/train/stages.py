@@ -29,6 +29,7 @@ from nldist.passes.data import Data
 from nldist.passes.method import Stage
 from nldist.run.directory import RunDirectory
 from nldist.run.status import SUMMARY_FILE, StatusFile
+from nldist.track.store import store_uri
 from nldist.track.tracker import NullTracker, Status, Tracker
 from nldist.train.loop import Trainer
 from nldist.train.progress import Progress
@@ -205,12 +206,12 @@ def open_tracker(config: Config, stage: Stage, run_dir: Path, world: World) -> T
     if not world.is_main:
         return NullTracker()
     track, name = config.track, config.track.run_name or config.run.dir.name
-    uri = track.uri or f"sqlite:///{config.run.dir.absolute().parent / 'mlflow.db'}"
     return Tracker(
         run_dir,
-        uri=uri if track.enabled else None,
+        uri=store_uri(config) if track.enabled else None,
         experiment=track.experiment,
         run_name=name if stage is TRAIN else f"{name} {stage.name}",
         params=config.flat() | {"world_size": world.size},
         system_metrics=track.system_metrics and track.enabled,
+        parent=track.parent,
     )

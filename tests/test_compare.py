@@ -1,0 +1,155 @@
+"""nldist compare: methods x seeds as real runs, and runs that have ended."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nldist.cli import main
+from nldist.cli.compare import main as compare
+from nldist.errors import UserError
+from nldist.report.compare import Finished, Group, as_markdown, as_text, grouped, read, row
+from tests.commands import Command
+from tests.jobs import DIGITS
+from tests.mlflow_server import client
+
+METHODS = ("cross_entropy", "mixup")
+SETTINGS = ("train.epochs=2", "dist.device=cpu", "--methods=cross_entropy,mixup", "--seeds=1", "--cluster=local")
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for(file: Path, command: Command) -> None:
+    for _ in range(1200):
+        if file.exists():
+            return
+        assert command.process.is_alive()
+        time.sleep(0.1)
+    raise TimeoutError(file)
+
+
+def test_stopped_it_goes_on_with_what_is_missing_and_compares_all(digits: Path, tmp_path: Path) -> None:
+    root, env = tmp_path / "study", {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    arguments = (DIGITS, f"data.root={digits}", f"run.dir={root}", *SETTINGS)
+    first = Command(compare, arguments, tmp_path / "first", env)
+    wait_for(root / "cross_entropy-0" / "summary.json", first)
+    wait_for(root / "mixup-0" / "metrics.jsonl", first)
+    os.kill(first.pid, signal.SIGINT)
+    assert first.wait().returncode != 0
+    assert not (root / "mixup-0" / "summary.json").exists()
+    done = (root / "cross_entropy-0" / "summary.json").stat().st_mtime_ns
+
+    second = Command(compare, arguments, tmp_path / "second", env).wait()
+    assert second.returncode == 0, second.stderr
+    assert "run 1 of 1" in second.stdout
+    assert (root / "cross_entropy-0" / "summary.json").stat().st_mtime_ns == done
+    rows = json.loads((root / "table.json").read_text())
+    assert [values["method"] for values in rows] == list(METHODS)
+    for values in rows:
+        epochs = [line["accuracy"] for line in lines(root / f"{values['method']}-0") if line["kind"] == "epoch"]
+        assert len(epochs) == 2
+        assert (values["seeds"], values["last_deviation"]) == ([0], None)
+        assert values["last"] == pytest.approx(sum(epochs) / 2)
+    table = [line.split() for line in second.stdout.splitlines()[-2:]]
+    assert [words[:2] for words in table] == [[name, "1"] for name in METHODS]
+    assert (root / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert_nested(root)
+
+
+def assert_nested(root: Path) -> None:
+    """One MLflow run for the comparison, with its files, and those of the methods and seeds below it."""
+    store = client(f"sqlite:///{root / 'mlflow.db'}")
+    runs = store.search_runs([experiment.experiment_id for experiment in store.search_experiments()])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert [run.info.run_name for run in parents] == ["study"]
+    files = {file.path for file in store.list_artifacts(parents[0].info.run_id)}
+    assert files == {"table.md", "table.json", "accuracy.png"}
+    below = {run.info.run_name: run for run in runs if run is not parents[0]}
+    assert set(below) == {f"{name}-0" for name in METHODS}
+    for run in below.values():
+        assert run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+    assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+def finished(name: str, last: float, **settings: Any) -> Finished:
+    summary = {
+        **{"stage": "train", "method": name, "seed": settings.pop("seed", 0), "world_size": 2, "split": None},
+        **{"accuracy": {"best": last + 1, "last": last}, "seconds": 60.0, "images_per_second": 1234.5},
+    }
+    return Finished(Path(f"runs/{name}"), summary, {"method.name": name, **settings})
+
+
+def test_runs_are_grouped_by_all_that_decides_but_the_seed() -> None:
+    runs = [
+        *(
+            finished("dividemix", score, seed=seed, **{"optim.lr": 0.1})
+            for seed, score in enumerate((90.0, 91.0, 95.0))
+        ),
+        finished("dividemix", 80.0, **{"optim.lr": 0.2}),
+        finished("mixup", 70.0, **{"optim.lr": 0.3}),
+    ]
+    groups = grouped(runs)
+    assert [group.name for group in groups] == ["dividemix optim.lr=0.1", "dividemix optim.lr=0.2", "mixup"]
+    values = row(groups[0])
+    assert (values["last"], values["last_deviation"]) == (92.0, pytest.approx(7**0.5))
+    text = as_text([row(group) for group in groups]).splitlines()
+    assert text[1].split()[1:9] == ["optim.lr=0.1", "3", "93.00", "±", "2.65", "92.00", "±", "2.65"]
+    assert len({len(line) for line in text}) == 1
+
+
+def test_a_bar_in_a_name_is_no_column() -> None:
+    (line,) = as_markdown([row(Group("a|b", [finished("a|b", 50.0)]))]).splitlines()[2:]
+    assert line.startswith(r"| a\|b | 1 |")
+
+
+def test_a_directory_of_runs_stands_for_them_and_old_runs_stand_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("b", "a"):
+        folder = tmp_path / name
+        folder.mkdir()
+        summary = finished("elr", 50.0).summary | {"data_set": "digits"}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "config.yaml").write_text("run: {of: another release}")
+    assert [str(run.settings["run"]) for run in (read(tmp_path / "a"), read(tmp_path / "b"))] == [
+        str(tmp_path / "a"),
+        str(tmp_path / "b"),
+    ]
+    assert main(["compare", str(tmp_path), str(tmp_path / "a")]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0:2] for line in table[1:]] == [["elr", f"run={tmp_path}/a"], ["elr", f"run={tmp_path}/b"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--methods=elr,elr",), "give each method once"),
+        (("--methods=elr", "--seeds=0"), "--seeds 0"),
+        (("--methods=elr,coteaching",), "method.name"),
+        (("--methods=elr", "run.seed=3"), "run.seed is what a comparison varies"),
+        (("--nodes=2",), "--nodes is for runs that --methods starts"),
+        (("--methods=elr", "--nodes=2"), "has one node"),
+        (("--methods=elr", "data.root=nowhere"), "nowhere"),
+    ],
+)
+def test_a_wrong_comparison_is_one_clear_line(
+    arguments: tuple[str, ...], words: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"data.root={digits}", f"run.dir={tmp_path / 'study'}", "train.epochs=2", *arguments]
+    cluster = ["--cluster=local"] if any(word.startswith("--methods") for word in arguments) else []
+    assert main(["compare", str(DIGITS), *given, *cluster]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert words in told
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_run_that_has_not_ended_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has not ended"):
+        read(tmp_path)
