@@ -37,6 +37,7 @@ def test_the_commands_of_the_readme(tmp_path: Path) -> None:
     assert "16 rank(s)" in done.stdout
     assert "with 2 rank(s), written by 1" in done.stdout
     assert "clean_probability" in done.stdout
+    assert "labels replaced by what runs/mine suggests" in done.stdout
 
 
 def test_links_and_files_that_the_readme_names_exist() -> None:

@@ -1,16 +1,20 @@
-"""Add a label set to a data set: a noise model's labels, or labels from a table. Images are never rewritten.
+"""Add a label set to a data set: a noise model's labels, those of a table, or labels put right. No image is changed.
 
 nldist noise DATASET --model symmetric --rate 0.5 --seed 1 --name sym50
 nldist noise DATASET --model semantic --run runs/weak --name semantic
 nldist noise DATASET --csv cifar10n_labels.csv --label-column worst --name worst
+nldist noise DATASET --from-run runs/mine --below 0.3 --marks marks.csv --name corrected --export corrected.csv
+nldist noise DATASET --name corrected --export corrected.csv   (a label set that is there)
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nldist.cli.options import Parser
+from nldist.data.corrections import Suggestions, apply_marks, export
 from nldist.data.index import Index
 from nldist.data.labels import (
     CLEAN,
@@ -34,9 +38,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--name", required=True, help="of the new label set")
     parser.add_argument("--split", default="train")
     parser.add_argument("--labels-dir", type=Path, help="where label sets go, if not into DATASET (data.labels_dir)")
-    origin = parser.add_mutually_exclusive_group(required=True)
+    origin = parser.add_mutually_exclusive_group()
     origin.add_argument("--model", help=f"noise model: {', '.join([*NOISE_MODELS, SEMANTIC])}")
     origin.add_argument("--csv", help="table with a header, a path and a label (class name or id) per row")
+    origin.add_argument("--from-run", type=Path, metavar="RUN", help="its labels, put right where it doubts them")
+    parser.add_argument(
+        "--below", type=float, help="with --from-run: replace labels less probable than this (default 0.5)"
+    )
+    parser.add_argument(
+        "--at-most-rate", type=float, help="with --from-run: share of the labels that is replaced at most"
+    )
+    parser.add_argument(
+        "--marks", type=Path, help="table of key, given, suggested, mark (wrong, right, unsure): wins over the run"
+    )
+    parser.add_argument(
+        "--export", type=Path, metavar="FILE", help="also write the label set as a table of path and label"
+    )
     parser.add_argument("--rate", type=float, help="with --model: share of the samples to select, in [0, 1]")
     parser.add_argument("--run", type=Path, help="with --model semantic: run directory of the classifier")
     parser.add_argument("--weights", choices=("last", "best"), default="last", help="with --run (default last)")
@@ -84,6 +101,30 @@ def from_csv(index: Index, args: argparse.Namespace) -> np.ndarray:
     return labels
 
 
+def from_run(index: Index, args: argparse.Namespace) -> tuple[np.ndarray, dict[str, Any]]:
+    """A run's labels put right, and what a person has marked; and where they are from."""
+    for name in ("below", "at_most_rate"):
+        value = getattr(args, name)
+        if value is not None and not (args.from_run and 0 <= value <= 1):
+            raise UserError(f"--{name.replace('_', '-')} is a number in [0, 1] for --from-run, not {value}")
+    if args.from_run is None:
+        labels, origin = index.labels().copy(), {}
+    else:
+        below = 0.5 if args.below is None else args.below
+        said = Suggestions.read(args.from_run, index)
+        labels = said.corrected(below, args.at_most_rate)
+        origin = {"from_run": str(args.from_run.absolute()), "below": below, "at_most_rate": args.at_most_rate}
+        num_replaced = np.count_nonzero(labels != said.given)
+        print(f"{num_replaced} of {len(labels)} labels replaced by what {args.from_run} suggests")
+    if args.marks is not None:
+        before = labels.copy()
+        counts = apply_marks(index, labels, args.marks, args.labels)
+        origin["marks"] = {"file": str(args.marks.absolute()), **counts}
+        told = ", ".join(f"{count} {mark}" for mark, count in counts.items())
+        print(f"{args.marks}: {told}; {np.count_nonzero(labels != before)} labels are others by it")
+    return labels, origin
+
+
 def record_clean(index: Index, root: Path) -> None:
     """Make the given labels the label set `clean` unless there is one."""
     if CLEAN not in index.label_sets():
@@ -116,13 +157,37 @@ def main(argv: list[str] | None = None) -> None:
     # Where the data set cannot be written, nor can the file of its columns.
     index = Index.open(args.dataset, args.split, args.labels_dir, args.labels_dir)
     root = args.labels_dir or index.root
-    labels = from_model(index, args) if args.model else from_csv(index, args)
+    if not (args.model or args.csv or args.from_run or args.marks):
+        if args.export is None:
+            raise UserError("give --model, --csv, --from-run, --marks, or --export for a label set that is there")
+        write_export(index, index.labels(args.name), args.export)
+        return
+    if args.marks is not None and (args.model or args.csv):
+        raise UserError("--marks is for --from-run, or stands alone: its marks are about labels that were given")
+    origin: dict[str, Any] = {}
+    if args.model:
+        labels = from_model(index, args)
+    elif args.csv:
+        labels = from_csv(index, args)
+    else:
+        labels, origin = from_run(index, args)
     if Place.find().rank:
         return
     if args.labels_dir and label_set_path(index.root, args.split, args.name).exists():
         raise UserError(f"{args.dataset} has a label set {args.name!r} of its own: choose another name")
-    path = write_label_set(root, args.split, args.name, labels)
+    path = write_label_set(root, args.split, args.name, labels, origin)
     if args.model:
         record_clean(index, root)
     report(index, args.name, labels)
     print(f"written to {path}")
+    if args.export is not None:
+        write_export(index, labels, args.export)
+
+
+def write_export(index: Index, labels: np.ndarray, file: Path) -> None:
+    """Write labels as a table."""
+    try:
+        export(index, labels, file)
+    except OSError as error:
+        raise UserError(f"--export {file} cannot be written: {error.strerror}") from None
+    print(f"exported to {file}")

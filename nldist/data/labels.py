@@ -6,11 +6,13 @@ SELC. A sample is known by its id, so the same seed on a data set that was shard
 order puts the noise on other images.
 """
 
+import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -111,17 +113,21 @@ def label_set_path(root: str | Path, split: str, name: str) -> Path:
     return Path(root) / split / "labels" / f"{name}.parquet"
 
 
-def write_label_set(root: str | Path, split: str, name: str, labels: np.ndarray) -> Path:
+def write_label_set(
+    root: str | Path, split: str, name: str, labels: np.ndarray, origin: Mapping[str, Any] | None = None
+) -> Path:
     """Write labels (N,), in the order of ids, as the label set `name` of a split.
 
-    Writing the same labels again changes nothing.
+    Writing the same labels again changes nothing. Where they are from, as plain values, is kept in the file's metadata
+    (`nldist`, JSON).
 
     Raises:
         UserError: a label set of this name with other labels exists, or the directory cannot be written.
     """
     path = label_set_path(root, split, name)
     ids = pa.array(np.arange(len(labels), dtype=np.int64))
-    table = pa.table({"id": ids, "label": pa.array(labels.astype(np.int32))})
+    metadata = {"nldist": json.dumps(dict(origin))} if origin else None
+    table = pa.table({"id": ids, "label": pa.array(labels.astype(np.int32))}, metadata=metadata)
     if not path.exists():
         Path(root).mkdir(parents=True, exist_ok=True)
         with locked(Path(root) / ".dataset.lock"):  # two commands may choose one name
