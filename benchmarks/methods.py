@@ -42,17 +42,21 @@ RUNS = {
     "elr": ["method.name=elr"],
     "selc": ["method.name=selc", "method.selc.turning_epoch=8", "method.selc.momentum=0.8"],
     "co_teaching": ["method.name=co_teaching", *_CO_TEACHING],
-    "co_teaching_plus": ["method.name=co_teaching_plus", "method.co_teaching_plus.warmup_epochs=8", *_CO_TEACHING],
-    "forward": ["method.name=forward", "method.forward.estimate_epochs=8"],
-    # Labels are learnt in 8 epochs, not 130.
+    "co_teaching_plus": ["method.name=co_teaching_plus", "method.co_teaching_plus.warmup_epochs=13", *_CO_TEACHING],
+    "forward": ["method.name=forward", "method.forward.estimate_epochs=20"],
+    # Labels are learnt in 9 epochs, not 130.
     "pencil": [
         "method.name=pencil",
         "method.pencil.warmup_epochs=6",
-        "method.pencil.correction_epochs=8",
-        "method.pencil.label_lr=6000",
+        "method.pencil.correction_epochs=9",
+        "method.pencil.label_lr=2000",
         "method.pencil.finetune_lr=0.04",
     ],
-    "m_correction": ["method.name=m_correction", "method.m_correction.warmup_epochs=6"],
+    "m_correction": [
+        "method.name=m_correction",
+        "method.m_correction.warmup_epochs=6",
+        "method.m_correction.alpha=1",  # the published 32 is for 300 epochs
+    ],
     "lend": ["method.name=lend", "train.batch_size=128"],
     "lend_paper": ["method.name=lend", "method.lend.profile=paper", "method.lend.k=8", "train.batch_size=128"],
     "mixnn": _MIXNN,
