@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nldist import __version__
 from nldist.cli import main
 from nldist.cli.compare import main as compare
 from nldist.errors import UserError
@@ -74,6 +75,12 @@ def assert_nested(root: Path) -> None:
     assert set(below) == {f"{name}-0" for name in METHODS}
     for run in below.values():
         assert run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+        tags = {
+            key: run.data.tags[key] for key in ("method", "label_set", "num_samples", "seed", "world_size", "nldist")
+        }
+        name, _, seed = str(run.info.run_name).rpartition("-")
+        expected = {"method": name, "label_set": "sym50", "num_samples": "1437", "seed": seed, "world_size": "1"}
+        assert tags == expected | {"nldist": __version__}
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 

@@ -155,7 +155,7 @@ class Reporter:
         if not self._is_main:
             return
         self._score_curve(record["scores"])
-        summary = {"stage": self._stage, **_facts(context), **summarise(score, record)}
+        summary = {"stage": self._stage, **facts(context), **summarise(score, record)}
         self._run.write_summary(summary)
         self._tracker.artifact(path / "summary.json")
         self.say(closing_line(path, summary))
@@ -186,7 +186,8 @@ def _what_changes(context: Context, size_before: int) -> str:
     return f"another number of ranks: global batch {before} -> {batch}, {rule}; batches are other ones from here on"
 
 
-def _facts(context: Context) -> dict[str, Any]:
+def facts(context: Context) -> dict[str, Any]:
+    """What names a run: in its summary, and as tags of its MLflow run."""
     config = context.config
     return {
         "method": config.method.name,

@@ -29,11 +29,12 @@ from nldist.passes.data import Data
 from nldist.passes.method import Stage
 from nldist.run.directory import RunDirectory
 from nldist.run.status import SUMMARY_FILE, StatusFile
+from nldist.track.source import source_tags
 from nldist.track.store import store_uri
 from nldist.track.tracker import NullTracker, Status, Tracker
 from nldist.train.loop import Trainer
 from nldist.train.progress import Progress
-from nldist.train.reporter import Reporter
+from nldist.train.reporter import Reporter, facts
 
 TRAIN = Stage("train", lambda config: config.recipe, build_method)
 _DYING_SECONDS = 300
@@ -167,6 +168,7 @@ class _Run:
         if world.is_main:
             run.write_config(config)
         tracker = open_tracker(config, stage, run.path, world)
+        tracker.set_tags({"stage": stage.name, **facts(context), **source_tags()})
         ended: Status = "FAILED"
         try:
             reporter = Reporter(method, stage.name, run, self.status, tracker)
