@@ -12,10 +12,14 @@ import pytest
 from nldist import __version__
 from nldist.cli import main
 from nldist.cli.compare import main as compare
+from nldist.config import Config
 from nldist.errors import UserError
+from nldist.launch.comparison import Comparison
+from nldist.launch.settings import ClusterSettings
 from nldist.report.compare import Finished, Group, as_markdown, as_text, grouped, read, row
+from nldist.track.tracker import NullTracker
 from tests.commands import Command
-from tests.jobs import DIGITS
+from tests.jobs import DIGITS, run_job
 from tests.mlflow_server import client
 
 METHODS = ("cross_entropy", "mixup")
@@ -84,6 +88,57 @@ def assert_nested(root: Path) -> None:
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
+def test_a_finished_run_counts_only_for_what_was_asked(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "study"
+    root.mkdir()
+    step = ("optim.schedule=step", "track.enabled=false")
+    settings = (f"data.root={digits}", "method.name=mixup", *step)
+    assert run_job(root / "mixup-0", *settings, "train.epochs=2") == [0]
+    # An extension that was killed before its first epoch ended: the summary is still that of two epochs.
+    assert run_job(root / "mixup-0", *settings, "train.epochs=4", kill=(0, 3)) == [-9]
+    overrides = (f"data.root={digits}", f"run.dir={root}", *step)
+
+    def comparison(*more: str) -> Comparison:
+        return Comparison(DIGITS, [*overrides, *more], ["mixup"], 1, ClusterSettings())
+
+    assert [config.run.dir.name for config in comparison("train.epochs=4").missing] == ["mixup-0"]
+    for more, words in (
+        (("train.epochs=1",), "has ended with train.epochs=2"),
+        (("train.epochs=4", "optim.lr=7"), "optim.lr"),
+        (("train.epochs=4", "data.label_set=clean"), "data.label_set"),
+    ):
+        with pytest.raises(UserError, match=words):
+            comparison(*more)
+
+
+def test_a_comparison_does_not_take_over_a_run(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("run: {}")
+    with pytest.raises(UserError, match="is a run itself"):
+        Comparison(DIGITS, [f"data.root={digits}", f"run.dir={tmp_path}"], ["mixup"], 1, ClusterSettings())
+
+
+def test_a_run_that_fails_does_not_keep_the_others_from_running(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Comparison(DIGITS, [f"data.root={digits}", f"run.dir={tmp_path}"], ["mixup", "elr"], 1, ClusterSettings())
+    begun: list[str] = []
+    codes = {"mixup-0": 1, "elr-0": 0}
+
+    def run_here(self: Comparison, config: Config, cluster: str) -> int:
+        begun.append(config.run.dir.name)
+        return codes[begun[-1]]
+
+    monkeypatch.setattr(Comparison, "_run_here", run_here)
+    assert study.run("local", NullTracker()) == 1
+    assert begun == ["mixup-0", "elr-0"]
+    codes["mixup-0"] = 143  # stopped: so is the comparison
+    begun.clear()
+    assert study.run("local", NullTracker()) == 143
+    assert begun == ["mixup-0"]
+
+
 def finished(name: str, last: float, **settings: Any) -> Finished:
     summary = {
         **{"stage": "train", "method": name, "seed": settings.pop("seed", 0), "world_size": 2, "split": None},
@@ -130,7 +185,7 @@ def test_a_directory_of_runs_stands_for_them_and_old_runs_stand_alone(
     ]
     assert main(["compare", str(tmp_path), str(tmp_path / "a")]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert [line.split()[0:2] for line in table[1:]] == [["elr", f"run={tmp_path}/a"], ["elr", f"run={tmp_path}/b"]]
+    assert [line.split()[0:2] for line in table[1:]] == [["elr", f"{tmp_path}/a"], ["elr", f"{tmp_path}/b"]]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +196,8 @@ def test_a_directory_of_runs_stands_for_them_and_old_runs_stand_alone(
         (("--methods=elr,coteaching",), "method.name"),
         (("--methods=elr", "run.seed=3"), "run.seed is what a comparison varies"),
         (("--nodes=2",), "--nodes is for runs that --methods starts"),
+        (("--seeds=2",), "--seeds is for runs that --methods starts"),
+        ((), "is a configuration: say which --methods to run"),
         (("--methods=elr", "--nodes=2"), "has one node"),
         (("--methods=elr", "data.root=nowhere"), "nowhere"),
     ],

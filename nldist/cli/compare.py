@@ -28,7 +28,7 @@ def parser() -> Parser:
     )
     parse.add_argument("overrides", nargs="+", metavar="CONFIG key=value ... | RUN")
     parse.add_argument("--methods", metavar="A,B", help="values of method.name")
-    parse.add_argument("--seeds", type=int, default=1, metavar="N", help="run.seed from 0 to N - 1 (default 1)")
+    parse.add_argument("--seeds", type=int, metavar="N", help="run.seed from 0 to N - 1 (default 1)")
     parse.add_argument("--out", type=Path, metavar="DIR", help="directory for table.md, table.json and accuracy.png")
     add_cluster(parse)
     return parse
@@ -38,10 +38,14 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing if there is a configuration; print, write and draw the comparison."""
     options = parser().parse_with_overrides(argv)
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        raise UserError(f"--out {options.out} is a file; name a directory")
     if options.methods is None:
-        for name in ("nodes", "tasks_per_node", "gpus_per_node", "cluster"):
-            if getattr(options, name) is not None:
+        for name, value in vars(options).items():
+            if value is not None and name not in ("overrides", "out"):
                 raise UserError(f"--{name.replace('_', '-')} is for runs that --methods starts; leave it out")
+        if options.overrides[0].endswith((".yaml", ".yml")):
+            raise UserError(f"{options.overrides[0]} is a configuration: say which --methods to run")
         report(list(dict.fromkeys(run for word in options.overrides for run in runs_in(Path(word)))), options.out)
         return 0
     return compare_methods(options)
@@ -57,8 +61,9 @@ def compare_methods(options: argparse.Namespace) -> int:
 
     check_cluster(cluster, settings)
     methods, (config, *overrides) = options.methods.split(","), options.overrides
-    check_methods(methods, options.seeds)
-    comparison = Comparison(Path(config), overrides, methods, options.seeds, settings)
+    num_seeds = 1 if options.seeds is None else options.seeds
+    check_methods(methods, num_seeds)
+    comparison = Comparison(Path(config), overrides, methods, num_seeds, settings)
     out = options.out or comparison.root
     with comparison.tracked() as tracker:
         code = comparison.run(cluster, tracker)

@@ -103,10 +103,6 @@ def from_csv(index: Index, args: argparse.Namespace) -> np.ndarray:
 
 def from_run(index: Index, args: argparse.Namespace) -> tuple[np.ndarray, dict[str, Any]]:
     """A run's labels put right, and what a person has marked; and where they are from."""
-    for name in ("below", "at_most_rate"):
-        value = getattr(args, name)
-        if value is not None and not (args.from_run and 0 <= value <= 1):
-            raise UserError(f"--{name.replace('_', '-')} is a number in [0, 1] for --from-run, not {value}")
     if args.from_run is None:
         labels, origin = index.labels().copy(), {}
     else:
@@ -123,6 +119,22 @@ def from_run(index: Index, args: argparse.Namespace) -> tuple[np.ndarray, dict[s
         told = ", ".join(f"{count} {mark}" for mark, count in counts.items())
         print(f"{args.marks}: {told}; {np.count_nonzero(labels != before)} labels are others by it")
     return labels, origin
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse (UserError) options that do not belong together."""
+    for name in ("below", "at_most_rate"):
+        value = getattr(args, name)
+        if value is not None and not (args.from_run and 0 <= value <= 1):
+            raise UserError(f"--{name.replace('_', '-')} is a number in [0, 1] for --from-run, not {value}")
+    if args.marks is not None and (args.model or args.csv):
+        raise UserError("--marks is for --from-run, or stands alone: its marks are about labels that were given")
+    if args.rate is not None and not args.model:
+        raise UserError("--rate is for --model; with --from-run say --at-most-rate")
+    if args.name == CLEAN and args.from_run:
+        raise UserError(
+            f"the label set {CLEAN!r} holds the true labels, not those that a run suggests: choose another name"
+        )
 
 
 def record_clean(index: Index, root: Path) -> None:
@@ -157,13 +169,12 @@ def main(argv: list[str] | None = None) -> None:
     # Where the data set cannot be written, nor can the file of its columns.
     index = Index.open(args.dataset, args.split, args.labels_dir, args.labels_dir)
     root = args.labels_dir or index.root
+    check(args)
     if not (args.model or args.csv or args.from_run or args.marks):
         if args.export is None:
             raise UserError("give --model, --csv, --from-run, --marks, or --export for a label set that is there")
         write_export(index, index.labels(args.name), args.export)
         return
-    if args.marks is not None and (args.model or args.csv):
-        raise UserError("--marks is for --from-run, or stands alone: its marks are about labels that were given")
     origin: dict[str, Any] = {}
     if args.model:
         labels = from_model(index, args)

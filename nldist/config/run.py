@@ -83,7 +83,7 @@ class DistSection(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = Field(
-        None, ge=1, description="CPU threads per rank; none = OMP_NUM_THREADS, or cores / local ranks"
+        None, ge=1, description="CPU threads per rank; none = OMP_NUM_THREADS (not on Slurm), or cores / local ranks"
     )
     timeout_seconds: float = Field(1800.0, gt=0, description="longest wait in one collective before the run fails")
     interface: Name | None = Field(None, description="network interface of gloo and nccl; none = they choose")

@@ -1,6 +1,9 @@
 """Labels put right: what a run suggests, and what a person has marked, as a label set; label sets as tables."""
 
 import csv
+import json
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +52,11 @@ class Suggestions:
             raise UserError(
                 f"{file} {'is missing: the run has not ended' if missing else f'is damaged: {error}'}"
             ) from None
+        metadata = table.schema.metadata or {}
+        if b"classes" not in metadata:
+            raise UserError(f"{file} is of an nldist before 0.2, which did not say what its labels are; train again")
+        if json.loads(metadata[b"classes"]) != index.classes:
+            raise UserError(f"{run_dir} was trained on other classes (or another order of them) than {index.root} has")
         if not table["key"].equals(pq.read_table(index.root / index.split / "index.parquet", columns=["key"])["key"]):
             raise UserError(f"{run_dir} was trained on other samples than {index.root / index.split} has")
         return cls(
@@ -85,51 +93,70 @@ def apply_marks(index: Index, labels: np.ndarray, file: Path, reading: Reading |
     Raises:
         UserError: the table cannot be read, or a row's key, mark or class does not exist, or is there twice.
     """
-    rows = [row for row in _rows(file) if row["mark"]]
-    if unknown := sorted({row["mark"] for row in rows} - {*MARKS}):
-        raise UserError(f"{file}: mark {unknown[0]!r} is none of {', '.join(MARKS)}")
-    keys = [row["key"] for row in rows]
-    if len(set(keys)) < len(keys):
-        raise UserError(f"{file}: {next(key for key in keys if keys.count(key) > 1)!r} has two marks")
-    ids = _ids(index, keys, file)
-    for mark, column in (("right", "given"), ("wrong", "suggested")):
-        chosen = [(row, id_) for row, id_ in zip(rows, ids, strict=True) if row["mark"] == mark]
-        found = meaning(str(file), [row[column] for row, _ in chosen], index.classes, reading)
-        for row, id_ in chosen:
-            if row[column] not in found.class_of:
-                raise UserError(f"{file}: {row['key']!r}: {column} {found.faults[row[column]]}")
-            labels[id_] = found.class_of[row[column]]
+    rows = list(_marked(file))
+    ids = _ids(index, [row["key"] for row in rows], file)
+    found = meaning(str(file), [row[name] for row in rows for name in ("given", "suggested")], index.classes, reading)
+    for row, id_ in zip(rows, ids, strict=True):
+        if (column := {"right": "given", "wrong": "suggested"}.get(row["mark"])) is None:
+            continue
+        if row[column] not in found.class_of:
+            raise UserError(f"{file}: {row['key']!r}: {column} {found.faults[row[column]]}")
+        labels[id_] = found.class_of[row[column]]
     return {mark: sum(row["mark"] == mark for row in rows) for mark in MARKS}
 
 
-def _rows(file: Path) -> list[dict[str, str]]:
-    """The rows of a table of marks, stripped of blanks."""
+def _marked(file: Path) -> Iterator[dict[str, str]]:
+    """The rows of a table of marks that have one."""
     wanted = ("key", "given", "suggested", "mark")
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines(keepends=True)
-        delimiter = max(DELIMITERS, key=lambda each: lines[0].count(each)) if lines else ","
-        rows = list(csv.DictReader(lines, delimiter=delimiter, strict=True))
+        with file.open(encoding="utf-8-sig", newline="") as text:
+            header = text.readline()
+            text.seek(0)
+            delimiter = max(DELIMITERS, key=header.count)
+            rows = csv.DictReader(text, delimiter=delimiter, strict=True)
+            if any(name not in (rows.fieldnames or ()) for name in wanted):
+                raise UserError(f"{file} must have a header with {', '.join(wanted)}")
+            for row in rows:
+                if None in row or None in row.values():
+                    raise UserError(f"{file}: line {rows.line_num} has more or fewer cells than the header")
+                # A key may begin or end with a blank.
+                marked = {name: row[name] if name == "key" else row[name].strip() for name in wanted}
+                if marked["mark"] and marked["mark"] not in MARKS:
+                    raise UserError(f"{file}: mark {marked['mark']!r} is none of {', '.join(MARKS)}")
+                if marked["mark"]:
+                    yield marked
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{file} cannot be read as a table: {error}") from None
-    if not rows or any(name not in rows[0] for name in wanted):
-        raise UserError(f"{file} must have a header with {', '.join(wanted)}, and rows")
-    if any(row[name] is None for row in rows for name in wanted):
-        raise UserError(f"{file} has a row that is too short")
-    # A key may begin or end with a blank.
-    return [{name: row[name] if name == "key" else row[name].strip() for name in wanted} for row in rows]
 
 
 def _ids(index: Index, keys: list[str], file: Path) -> list[int]:
-    id_of = {key: id_ for id_, key in enumerate(matched(index.keys(range(len(index)))))}
-    found = [id_of.get(key, -1) for key in matched(keys)]
-    if -1 in found:
-        raise UserError(f"{file}: the data set has no sample {keys[found.index(-1)]!r}")
-    return found
+    """The sample of each key, all different."""
+    names = matched(index.keys(range(len(index))))
+    id_of, wanted = {name: id_ for id_, name in enumerate(names)}, matched(keys)
+    several = {name for name, count in Counter(names).items() if count > 1} if len(id_of) < len(names) else set()
+    for key, name in zip(keys, wanted, strict=True):
+        if name not in id_of:
+            raise UserError(f"{file}: the data set has no sample {key!r}")
+        if name in several:
+            raise UserError(f"{file}: two samples of the data set have the key {name!r}; no mark can tell them apart")
+    if len(set(wanted)) < len(wanted):
+        raise UserError(f"{file}: {Counter(wanted).most_common(1)[0][0]!r} has two marks")
+    return [id_of[name] for name in wanted]
 
 
 def export(index: Index, labels: np.ndarray, file: Path) -> None:
-    """Write a table of every sample's path (its key) and class name."""
+    """Write a table of every sample's path (its key) and class name.
+
+    Raises:
+        UserError: the file exists and holds something else.
+        OSError: it cannot be written.
+    """
     keys = pq.read_table(index.root / index.split / "index.parquet", columns=["key"])["key"]
     table = pa.table({"path": keys, "label": pa.array(index.classes).take(pa.array(labels))})
+    out = pa.BufferOutputStream()
+    pa.csv.write_csv(table, out)
+    text = out.getvalue().to_pybytes()
+    if file.exists() and file.read_bytes() != text:
+        raise UserError(f"{file} exists and holds something else: choose another name")
     with replacing(file) as aside:
-        pa.csv.write_csv(table, aside)
+        aside.write_bytes(text)

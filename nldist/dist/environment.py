@@ -45,11 +45,13 @@ class Place:
                     size=_number("WORLD_SIZE"),
                     local_rank=_number("LOCAL_RANK"),
                     num_local=_number("LOCAL_WORLD_SIZE"),
-                    num_threads=None if threads == 1 else threads,  # torchrun sets 1 where the user has set nothing
+                    # torchrun sets 1 where the user has set nothing.
+                    num_threads=None if threads == 1 and "TORCHELASTIC_RUN_ID" in os.environ else threads,
                 )
             if "SLURM_STEP_ID" in os.environ and _number("SLURM_STEP_NUM_TASKS") > 1:
                 return cls._of_slurm()
-            return cls(num_threads=_omp_threads())
+            # The launcher's batch script sets it for each rank of a step, whatever the node has.
+            return cls(num_threads=None if "SLURM_STEP_ID" in os.environ else _omp_threads())
         except (KeyError, ValueError) as error:
             raise UserError(
                 f"the launcher's environment is broken ({error}); start through submit.py, torchrun or srun"

@@ -11,6 +11,8 @@ import submitit
 
 from nldist.config import Config
 from nldist.config.file import load_config
+from nldist.data.make.lock import locked
+from nldist.dist.stop import EXIT_STOPPED
 from nldist.errors import UserError
 from nldist.files import write_text
 from nldist.launch.checks import check, claim
@@ -23,6 +25,8 @@ from nldist.track.store import store_uri
 from nldist.track.tracker import NullTracker, Tracker
 
 JOBS_FILE = ".jobs.json"  # in the comparison's directory: the queued job of each run
+LOCK_FILE = ".queueing.lock"
+EXIT_INTERRUPTED = 130
 _MLFLOW_SECONDS = 30  # for the parent run to come into being before the others begin
 
 
@@ -53,12 +57,16 @@ class Comparison:
             for name in methods
             for seed in range(num_seeds)
         ]
+        if (self.root / "config.yaml").exists():
+            raise UserError(f"{self.root} is a run itself; set another run.dir for the comparison")
         self._methods, self._num_seeds, self._settings = methods, num_seeds, settings
+        for config in self.configs:
+            _check_finished(config)
         check(self.configs, settings)
 
     @property
     def missing(self) -> list[Config]:
-        """The runs that have not ended, or ended after fewer epochs than are asked for."""
+        """The runs that have not ended, or not with as many epochs as are asked for."""
         return [config for config in self.configs if not _is_done(config)]
 
     def run(self, cluster: Cluster, tracker: Tracker) -> int:
@@ -71,28 +79,31 @@ class Comparison:
         if cluster == "slurm":
             return self._run_array()
         share_cores(self._settings)
-        missing = self.missing
+        missing, worst = self.missing, 0
         claim(missing)
         for number, config in enumerate(missing, start=1):
             print(f"run {number} of {len(missing)}: {config.run.dir}", flush=True)
-            if code := self._run_here(config, cluster):
+            code = self._run_here(config, cluster)
+            if code in (EXIT_STOPPED, EXIT_INTERRUPTED):
                 return code
-        return 0
+            worst = worst or code  # the others need not wait for one that fails
+        return worst
 
     def _run_here(self, config: Config, cluster: Cluster) -> int:
         (submission,) = submit([config], cluster, self._logs, self._settings, None)
         return max(job.result() for job in submission.jobs) if cluster == "debug" else wait(submission.jobs)
 
     def _run_array(self) -> int:
-        queued = self._queued()
-        waiting = [config for config in self.missing if str(config.run.dir) not in queued]
-        claim(waiting)
-        jobs = list(queued.values())
-        if waiting:
-            (submission,) = submit(waiting, "slurm", self._logs, self._settings, None)
-            jobs += submission.jobs
-            queued |= {str(config.run.dir): job for config, job in zip(waiting, submission.jobs, strict=True)}
-            write_text(self.root / JOBS_FILE, json.dumps({run: job.job_id for run, job in queued.items()}))
+        with locked(self.root / LOCK_FILE, f"{self.root}: another start of this comparison is queueing its jobs"):
+            queued = self._queued()
+            waiting = [config for config in self.missing if config.run.dir.name not in queued]
+            claim(waiting)
+            jobs = list(queued.values())
+            if waiting:
+                (submission,) = submit(waiting, "slurm", self._logs, self._settings, None)
+                jobs += submission.jobs
+                queued |= {config.run.dir.name: job for config, job in zip(waiting, submission.jobs, strict=True)}
+                write_text(self.root / JOBS_FILE, json.dumps({run: job.job_id for run, job in queued.items()}))
         print(f"{len(waiting)} run(s) queued, {len(jobs) - len(waiting)} queued before", flush=True)
         return wait(jobs) if jobs else 0
 
@@ -101,15 +112,15 @@ class Comparison:
         return (self.root / "logs").absolute()
 
     def _queued(self) -> dict[str, submitit.Job[int]]:
-        """The jobs of an earlier start of this comparison that have not ended, by run directory."""
-        with contextlib.suppress(FileNotFoundError):
-            known = json.loads((self.root / JOBS_FILE).read_text())
-            return {
-                run: submitit.SlurmJob(self._logs, job, tasks=list(range(self._settings.num_ranks)))
-                for run, job in known.items()
-                if job_state(job) not in {*ENDED, "UNKNOWN"}
-            }
-        return {}
+        """The jobs of an earlier start of this comparison that have not ended, by the name of the run directory."""
+        file = self.root / JOBS_FILE
+        known = json.loads(file.read_text()) if file.exists() else {}
+        names = {config.run.dir.name for config in self.missing}
+        return {
+            run: submitit.SlurmJob(self._logs, job, tasks=list(range(self._settings.num_ranks)))
+            for run, job in known.items()
+            if run in names and _is_queued(job)
+        }
 
     @contextlib.contextmanager
     def tracked(self) -> Iterator[Tracker]:
@@ -137,9 +148,36 @@ class Comparison:
         tracker.end("KILLED" if self.missing else "FINISHED")
 
 
-def _is_done(config: Config) -> bool:
+def _is_queued(job: str) -> bool:
+    """Whether a job waits or runs; one that neither the controller nor the accounting knows does not."""
+    try:
+        return job_state(job) not in {*ENDED, "UNKNOWN"}
+    except UserError:  # there is no accounting
+        return False
+
+
+def _epochs(config: Config) -> int | None:
+    """The train.epochs with which this run has ended; None: it has not."""
     run = RunDirectory(config.run.dir)
-    return run.summary is not None and run.config().train.epochs >= config.train.epochs
+    if run.summary is None:
+        return None
+    epochs: int = run.summary.get("train_epochs", run.config().train.epochs)  # before 0.2 it was not in the summary
+    return epochs
+
+
+def _is_done(config: Config) -> bool:
+    return _epochs(config) == config.train.epochs
+
+
+def _check_finished(config: Config) -> None:
+    """Refuse (UserError) a run that has ended with other settings, or with more epochs."""
+    if (epochs := _epochs(config)) is None:
+        return
+    if epochs > config.train.epochs:
+        raise UserError(
+            f"{config.run.dir} has ended with train.epochs={epochs}; ask for as many, or set another run.dir"
+        )
+    claim([config])
 
 
 def _below(config: Config, parent: str) -> Config:

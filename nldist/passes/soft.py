@@ -78,9 +78,9 @@ def soft_verdicts(context: Context, rows: Tensor, seen: Tensor | None = None) ->
         rows: (owned, C), of any sum; a row of zeros says nothing.
         seen: bool (owned,), which of them say something; None = all others.
     """
-    owned, total = context.table.owned, rows.float().sum(1)
+    owned, total = context.table.owned, rows.sum(1, dtype=torch.float32)
     labels = torch.from_numpy(context.labels[owned.start : owned.stop]).long().to(rows.device)
     told = total > 0 if seen is None else seen & (total > 0)
-    clean = torch.where(told, rows.float().gather(1, labels[:, None])[:, 0] / total, torch.nan)
+    clean = torch.where(told, rows.gather(1, labels[:, None])[:, 0].float() / total, torch.nan)
     suggested = torch.where(told, rows.argmax(1), -1)
     return Verdicts(clean.cpu().numpy(), suggested.cpu().numpy().astype(np.int16))

@@ -17,6 +17,7 @@ from nldist.run.status import METRICS_FILE, read_summary
 
 _SEED = "run.seed"
 _NAME = "method.name"
+_ALONE = "run"  # the directory of a run whose settings are not known
 _HEAD = ("method", "seeds", "best %", "last %", "split AUC", "seconds", "images/s", "ranks")
 
 
@@ -30,11 +31,14 @@ class Finished:
 
     def curve(self) -> dict[int, float]:
         """Accuracy in percent by epoch, for those in which it was measured."""
-        lines = (self.path / METRICS_FILE).read_text().splitlines()
+        try:
+            records = list(map(json.loads, (self.path / METRICS_FILE).read_text().splitlines()))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path / METRICS_FILE} cannot be read: {error}") from None
         # Of an epoch that was done twice, on another number of ranks, the run went on from the later one.
         return {
             record["epoch"]: record["accuracy"]
-            for record in map(json.loads, lines)
+            for record in records
             if record["kind"] == "epoch" and record.get("accuracy") is not None
         }
 
@@ -61,7 +65,7 @@ def read(run_dir: Path) -> Finished:
     try:
         settings = deciding(RunDirectory(run_dir).config())
     except UserError:  # of a release with other settings: it stands alone
-        settings = {_NAME: summary["method"], "run": str(run_dir)}
+        settings = {_NAME: summary["method"], _ALONE: str(run_dir)}
     settings = {"data set": summary["data_set"]} | {key: value for key, value in settings.items() if key != _SEED}
     return Finished(run_dir, summary, settings)
 
@@ -79,7 +83,9 @@ def grouped(runs: Iterable[Finished]) -> list[Group]:
 
 def _name(run: Finished, others: Sequence[Finished]) -> str:
     method = run.settings[_NAME]
-    alike = [other.settings for other in others if other.settings[_NAME] == method]
+    if _ALONE in run.settings:
+        return f"{method} {run.settings[_ALONE]}"
+    alike = [other.settings for other in others if other.settings[_NAME] == method and _ALONE not in other.settings]
     differing = {key for settings in alike for key in settings if any(s.get(key) != settings[key] for s in alike)}
     return " ".join([method, *(f"{key}={run.settings.get(key)}" for key in sorted(differing))])
 

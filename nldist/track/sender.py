@@ -104,27 +104,25 @@ class Sender:
         state, job = self._state, self._first_start["job"]
         state.experiment_id = self._experiment_id()
         parent, tags = self._start.get("parent"), {}
-        if parent:
-            # Its own tracker makes it; where the store was away then, it will find this one.
-            tags["mlflow.parentRunId"] = self._find_or_create(parent, self.run_dir.parent.name, {})
-        state.run_id = self._find_or_create(job, self._start["run_name"], tags)
+        if parent and (parents := self._find(parent)):  # else its tracker could not make it in time
+            tags["mlflow.parentRunId"] = parents[0].info.run_id
+        found = self._find(job)
+        run = found[0] if found else self._create_run(job, tags)
+        state.run_id = run.info.run_id
         state.save(self.run_dir)
 
-    def _find_or_create(self, job: str, name: str, tags: dict[str, str]) -> str:
-        """The id of the MLflow run with this tag."""
-        experiment = self._state.experiment_id
-        found = self._mlflow.search_runs([experiment], f"tags.`{JOB_TAG}` = '{job}'", max_results=1)
-        run = (
-            found[0]
-            if found
-            else self._mlflow.create_run(
-                experiment,
-                start_time=_milliseconds(self._first_start),
-                tags=tags | {JOB_TAG: job, "mlflow.source.name": "nldist", "mlflow.user": self._start["user"]},
-                run_name=name,
-            )
+    def _find(self, job: str) -> list[Any]:
+        """The MLflow run with this tag, if any."""
+        experiments = [self._state.experiment_id]
+        return list(self._mlflow.search_runs(experiments, f"tags.`{JOB_TAG}` = '{job}'", max_results=1))
+
+    def _create_run(self, job: str, tags: dict[str, str]) -> Any:
+        return self._mlflow.create_run(
+            self._state.experiment_id,
+            start_time=_milliseconds(self._first_start),
+            tags=tags | {JOB_TAG: job, "mlflow.source.name": "nldist", "mlflow.user": self._start["user"]},
+            run_name=self._start["run_name"],
         )
-        return str(run.info.run_id)
 
     def _experiment_id(self) -> str:
         from mlflow.exceptions import MlflowException

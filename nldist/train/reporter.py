@@ -151,7 +151,9 @@ class Reporter:
             gather, index = context.world.all_gather, context.train.root / context.train.split / "index.parquet"
             columns = gather(verdicts.clean_probability), gather(verdicts.suggested)
             if self._is_main:
-                write_samples(path / "tables" / "samples.parquet", index, context.labels, *columns)
+                write_samples(
+                    path / "tables" / "samples.parquet", index, context.train.classes, context.labels, *columns
+                )
         if not self._is_main:
             return
         self._score_curve(record["scores"])
@@ -196,5 +198,6 @@ def facts(context: Context) -> dict[str, Any]:
         "num_samples": len(context.train),
         "model": config.model.name,
         "seed": config.run.seed,
+        "train_epochs": config.train.epochs,
         "world_size": context.world.size,
     }

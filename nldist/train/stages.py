@@ -168,7 +168,8 @@ class _Run:
         if world.is_main:
             run.write_config(config)
         tracker = open_tracker(config, stage, run.path, world)
-        tracker.set_tags({"stage": stage.name, **facts(context), **source_tags()})
+        if world.is_main:
+            tracker.set_tags({"stage": stage.name, **facts(context), **source_tags()})
         ended: Status = "FAILED"
         try:
             reporter = Reporter(method, stage.name, run, self.status, tracker)

@@ -2,16 +2,26 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from nldist.cli.noise import main
-from nldist.data.corrections import Suggestions
+from nldist.data.corrections import Suggestions, apply_marks
 from nldist.data.index import Index
+from nldist.errors import UserError
 from nldist.report.samples import write_samples
+from tests.conftest import run_tool
+
+
+def write_run(run_dir: Path, index: Index, *columns: np.ndarray, classes: list[str] | None = None) -> None:
+    (run_dir / "tables").mkdir(parents=True)
+    place = index.root / index.split / "index.parquet"
+    write_samples(run_dir / "tables" / "samples.parquet", place, classes or index.classes, *columns)
 
 
 @pytest.fixture
@@ -22,14 +32,7 @@ def run(digits: Path, tmp_path: Path) -> Path:
     probability = np.where(given == clean, 0.9, np.linspace(0, 0.4, len(given))).astype(np.float32)
     probability[:10], probability[10:20] = np.nan, 0.99
     suggested = np.where(np.arange(len(given)) < 10, -1, clean)
-    (tmp_path / "run" / "tables").mkdir(parents=True)
-    write_samples(
-        tmp_path / "run" / "tables" / "samples.parquet",
-        digits / "train" / "index.parquet",
-        given,
-        probability,
-        suggested,
-    )
+    write_run(tmp_path / "run", index, given, probability, suggested)
     return tmp_path / "run"
 
 
@@ -67,7 +70,7 @@ def test_a_runs_labels_put_right(digits: Path, run: Path, tmp_path: Path) -> Non
     assert origin == {"from_run": str(run), "below": 0.5, "at_most_rate": rate}
 
 
-def write_marks(file: Path, rows: list[tuple[str, str, str, str]], delimiter: str = ",") -> Path:
+def write_marks(file: Path, rows: Sequence[tuple[str, ...]], delimiter: str = ",") -> Path:
     with file.open("w", newline="", encoding="utf-8-sig") as out:
         csv.writer(out, delimiter=delimiter).writerows([("key", "given", "suggested", "mark"), *rows])
     return file
@@ -114,7 +117,10 @@ def test_an_exported_label_set_can_be_brought_back(digits: Path, run: Path, tmp_
     ("arguments", "words"),
     [
         (("--name=x"), "--export for a label set that is there"),
-        (("--name=x --export=x.csv"), "x"),
+        (("--name=x --below=0.3 --export=x.csv"), "--below is a number in [0, 1] for --from-run"),
+        (("--name=clean --from-run=RUN"), "holds the true labels"),
+        (("--name=x --from-run=RUN --rate=0.1"), "say --at-most-rate"),
+        (("--name=x --from-run=RUN --export=MARKS"), "holds something else"),
         (("--name=x --model=symmetric --rate=0.1 --marks=MARKS"), "--marks is for --from-run"),
         (("--name=x --from-run=RUN --below=1.5"), "--below is a number in [0, 1]"),
         (("--name=x --marks=MARKS --at-most-rate=0.1"), "--at-most-rate is a number in [0, 1] for --from-run"),
@@ -140,11 +146,13 @@ def test_one_clear_line(
     [
         ([("no such key", "0", "1", "wrong")], "no sample 'no such key'"),
         ([("KEY", "0", "eleven", "wrong")], "suggested"),
-        ([("KEY", "0", "1", "wrong"), ("KEY", "0", "1", "right")], "has two marks"),
+        ([("KEY", "0", "1", "wrong"), ("./KEY", "0", "1", "right")], "has two marks"),
+        ([("KEY", "0", "1", "wrong", "more")], "line 2 has more or fewer cells"),
+        ([("KEY", "0")], "line 2 has more or fewer cells"),
     ],
 )
 def test_marks_that_mean_nothing(
-    rows: list[tuple[str, str, str, str]],
+    rows: list[tuple[str, ...]],
     words: str,
     digits: Path,
     tmp_path: Path,
@@ -156,8 +164,35 @@ def test_marks_that_mean_nothing(
     assert words in capsys.readouterr().err
 
 
-def test_a_run_on_other_samples_is_refused(digits: Path, run: Path, tmp_path: Path) -> None:
-    from nldist.errors import UserError
+def test_marks_of_classes_whose_names_are_numbers_have_one_reading(tmp_path: Path) -> None:
+    """10 can only be a name, 0 only an index: the table is refused, also where they are in two columns."""
+    for number in range(1, 11):
+        folder = tmp_path / "photos" / str(number)
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(folder / f"{number}.png")
+    run_tool("tools/shard.py", "folder", tmp_path / "photos", tmp_path / "data", "--split", "train")
+    index = Index.open(tmp_path / "data", "train")
+    marks = write_marks(tmp_path / "marks.csv", [(index.keys([0])[0], "10", "0", "wrong")])
+    with pytest.raises(UserError, match="10"):
+        apply_marks(index, index.labels().copy(), marks)
 
+
+def test_a_line_break_in_a_key_is_part_of_it(digits: Path, tmp_path: Path) -> None:
+    marks = write_marks(tmp_path / "marks.csv", [("a\x85b\r\nc", "0", "1", "right")])
+    index = Index.open(digits, "train")
+    with pytest.raises(UserError) as told:
+        apply_marks(index, index.labels().copy(), marks)
+    assert repr("a\x85b\r\nc") in str(told.value)
+
+
+def test_a_run_with_other_classes_is_refused(digits: Path, tmp_path: Path) -> None:
+    index = Index.open(digits, "train")
+    columns = (index.labels(), np.zeros(len(index), np.float32), index.labels())
+    write_run(tmp_path / "other", index, *columns, classes=index.classes[::-1])
+    with pytest.raises(UserError, match="other classes"):
+        Suggestions.read(tmp_path / "other", index)
+
+
+def test_a_run_on_other_samples_is_refused(digits: Path, run: Path) -> None:
     with pytest.raises(UserError, match="other samples"):
         Suggestions.read(run, Index.open(digits, "test"))

@@ -21,7 +21,7 @@ STEP = {
 
 @pytest.fixture(autouse=True)
 def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
+    torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID")
     for name in os.environ:
         if name.startswith(("SLURM", "SUBMITIT")) or name in torchrun:
             monkeypatch.delenv(name)
@@ -44,6 +44,8 @@ def test_the_users_number_of_threads_counts(
     monkeypatch.setenv("OMP_NUM_THREADS", text)
     assert Place.find().num_threads == alone
     setenv(monkeypatch, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
+    assert Place.find().num_threads == alone
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     # torchrun sets 1 where the user has set nothing.
     assert Place.find().num_threads == under_torchrun
 
