@@ -95,9 +95,7 @@ def assert_nested(root: Path) -> None:
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
-def test_a_finished_run_counts_only_for_what_was_asked(
-    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run_counts_only_for_what_was_asked(digits: Path, tmp_path: Path) -> None:
     root = tmp_path / "study"
     root.mkdir()
     step = ("optim.schedule=step", "track.enabled=false")
@@ -163,12 +161,16 @@ def test_runs_are_grouped_by_all_that_decides_but_the_seed() -> None:
         finished("dividemix", 80.0, **{"optim.lr": 0.2}),
         finished("mixup", 70.0, **{"optim.lr": 0.3}),
     ]
+    for run, auc in zip(runs, (0.97, 0.98, 0.99), strict=False):
+        run.summary["split"] = {"auc": auc}
     groups = grouped(runs)
     assert [group.name for group in groups] == ["dividemix optim.lr=0.1", "dividemix optim.lr=0.2", "mixup"]
     values = row(groups[0])
     assert (values["last"], values["last_deviation"]) == (92.0, pytest.approx(7**0.5))
     text = as_text([row(group) for group in groups]).splitlines()
-    assert text[1].split()[1:9] == ["optim.lr=0.1", "3", "93.00", "±", "2.65", "92.00", "±", "2.65"]
+    shown = ["optim.lr=0.1", "3", "93.00", "±", "2.65", "92.00", "±", "2.65", "0.980", "60", "1,234", "2"]
+    assert text[1].split()[1:] == shown
+    assert text[3].split() == ["mixup", "1", "71.00", "70.00", "-", "60", "1,234", "2"]
     assert len({len(line) for line in text}) == 1
 
 

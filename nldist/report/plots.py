@@ -77,8 +77,8 @@ def curves(
         for (name, (xs, ys)), (colour, line) in zip(series.items(), cycle(styles), strict=False):
             marker = "o" if np.size(xs) <= MAX_MARKED_POINTS else None
             axes.plot(xs, ys, line, color=colour, marker=marker, markersize=4, linewidth=1.8, label=name)
-            if name in (bands or {}):
-                axes.fill_between(xs, *(bands or {})[name], color=colour, alpha=0.2, linewidth=0)
+            if bands and name in bands:
+                axes.fill_between(xs, *bands[name], color=colour, alpha=0.2, linewidth=0)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
