@@ -31,7 +31,7 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# The slow tests, and a run on a Slurm cluster through twenty disturbances; as root, after .ci/install-slurm.
+# The slow tests, and a run on a Slurm cluster through twenty disturbances; as root, after .ci/install.
 soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.slurm.soak

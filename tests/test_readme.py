@@ -38,7 +38,8 @@ def test_the_commands_of_the_readme(tmp_path: Path) -> None:
     assert "no problems" in done.stdout
     assert "16 rank(s)" in done.stdout
     assert "with 2 rank(s), written by 1" in done.stdout
-    assert "clean_probability" in done.stdout
+    assert "labels are probably wrong" in done.stdout
+    assert '"key","path","given","suggested","p_clean","margin","rank"' in done.stdout
     assert "labels replaced by what runs/mine suggests" in done.stdout
 
 

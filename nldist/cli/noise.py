@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nldist.cli.options import Parser
-from nldist.data.corrections import Suggestions, apply_marks, export
+from nldist.data.corrections import apply_marks, corrected, export
 from nldist.data.index import Index
 from nldist.data.labels import (
     CLEAN,
@@ -25,6 +25,7 @@ from nldist.data.labels import (
     write_label_set,
 )
 from nldist.data.make.meaning import READINGS, shown
+from nldist.data.samples import Samples
 from nldist.dist.environment import Place
 from nldist.errors import UserError, main_guard
 
@@ -107,11 +108,11 @@ def from_run(index: Index, args: argparse.Namespace) -> tuple[np.ndarray, dict[s
         labels, origin = index.labels().copy(), {}
     else:
         below = 0.5 if args.below is None else args.below
-        said = Suggestions.read(args.from_run, index)
-        labels = said.corrected(below, args.at_most_rate)
+        said = Samples.read(args.from_run, index)
+        labels = corrected(said, below, args.at_most_rate)
         origin = {"from_run": str(args.from_run.absolute()), "below": below, "at_most_rate": args.at_most_rate}
         num_replaced = np.count_nonzero(labels != said.given)
-        print(f"{num_replaced} of {len(labels)} labels replaced by what {args.from_run} suggests")
+        print(f"{num_replaced} of {len(labels)} labels replaced by what {args.from_run} suggests {said.when}")
     if args.marks is not None:
         before = labels.copy()
         counts = apply_marks(index, labels, args.marks, args.labels)

@@ -1,86 +1,42 @@
 """Labels put right: what a run suggests, and what a person has marked, as a label set; label sets as tables."""
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet as pq
 
 from nldist.data.index import Index
 from nldist.data.make.keys import matched
 from nldist.data.make.meaning import Reading, meaning
 from nldist.data.make.sources.csv import DELIMITERS
+from nldist.data.samples import Samples
 from nldist.errors import UserError
 from nldist.files import replacing
 
-SAMPLES_FILE = Path("tables", "samples.parquet")  # in a run directory
 MARKS = ("wrong", "right", "unsure")
 
 
-@dataclass(frozen=True)
-class Suggestions:
-    """What a run says of its training samples.
+def corrected(samples: Samples, below: float, at_most_rate: float | None) -> np.ndarray:
+    """The given labels, with those the suggested ones that are probably wrong: int32 (N,).
 
-    Attributes:
-        given: int32 (N,), the labels that it was trained on.
-        clean_probability: float32 (N,), that they are right; NaN where it does not know.
-        suggested: int32 (N,), the class that it holds for right; -1 where it does not know.
+    Args:
+        samples: what a run says.
+        below: a label is replaced whose probability to be right is less, if another class is suggested.
+        at_most_rate: share of all samples whose labels are replaced at most, the least probable ones first; None:
+            no limit.
     """
-
-    given: np.ndarray
-    clean_probability: np.ndarray
-    suggested: np.ndarray
-
-    @classmethod
-    def read(cls, run_dir: Path, index: Index) -> "Suggestions":
-        """Of a run on the samples of `index`.
-
-        Raises:
-            UserError: the run has left none, or its samples are others.
-        """
-        file = run_dir / SAMPLES_FILE
-        try:
-            table = pq.read_table(file).sort_by("id")
-        except (OSError, pa.ArrowException) as error:
-            missing = isinstance(error, FileNotFoundError)
-            raise UserError(
-                f"{file} {'is missing: the run has not ended' if missing else f'is damaged: {error}'}"
-            ) from None
-        metadata = table.schema.metadata or {}
-        if b"classes" not in metadata:
-            raise UserError(f"{file} is of an nldist before 0.2, which did not say what its labels are; train again")
-        if json.loads(metadata[b"classes"]) != index.classes:
-            raise UserError(f"{run_dir} was trained on other classes (or another order of them) than {index.root} has")
-        if not table["key"].equals(pq.read_table(index.root / index.split / "index.parquet", columns=["key"])["key"]):
-            raise UserError(f"{run_dir} was trained on other samples than {index.root / index.split} has")
-        return cls(
-            table["label"].to_numpy().astype(np.int32),
-            table["clean_probability"].fill_null(np.nan).to_numpy(),
-            table["suggested"].fill_null(-1).to_numpy().astype(np.int32),
-        )
-
-    def corrected(self, below: float, at_most_rate: float | None) -> np.ndarray:
-        """The given labels, with those the suggested ones that are probably wrong: int32 (N,).
-
-        Args:
-            below: a label is replaced whose probability to be right is less, if another class is suggested.
-            at_most_rate: share of all samples whose labels are replaced at most, the least probable ones first; None:
-                no limit.
-        """
-        doubtful = (self.clean_probability < below) & (self.suggested >= 0) & (self.suggested != self.given)
-        ids = np.flatnonzero(doubtful)
-        if at_most_rate is not None:
-            order = np.argsort(self.clean_probability[ids], kind="stable")
-            ids = ids[order[: int(at_most_rate * len(self.given))]]
-        labels: np.ndarray = self.given.copy()
-        labels[ids] = self.suggested[ids]
-        return labels
+    ids = samples.order()
+    other = samples.suggested[ids] != samples.given[ids]
+    ids = ids[(samples.clean_probability[ids] < below) & (samples.suggested[ids] >= 0) & other]
+    if at_most_rate is not None:
+        ids = ids[: int(at_most_rate * len(samples.given))]
+    labels: np.ndarray = samples.given.copy()
+    labels[ids] = samples.suggested[ids]
+    return labels
 
 
 def apply_marks(index: Index, labels: np.ndarray, file: Path, reading: Reading | None = None) -> dict[str, int]:
@@ -151,8 +107,7 @@ def export(index: Index, labels: np.ndarray, file: Path) -> None:
         UserError: the file exists and holds something else.
         OSError: it cannot be written.
     """
-    keys = pq.read_table(index.root / index.split / "index.parquet", columns=["key"])["key"]
-    table = pa.table({"path": keys, "label": pa.array(index.classes).take(pa.array(labels))})
+    table = pa.table({"path": index.key_column(), "label": pa.array(index.classes).take(pa.array(labels))})
     out = pa.BufferOutputStream()
     pa.csv.write_csv(table, out)
     text = out.getvalue().to_pybytes()

@@ -130,6 +130,10 @@ class Index:
         """The keys of `ids`, read from the parquet file (only the row groups that hold them)."""
         return _read_keys(self._parquet, np.asarray(ids, np.int64))
 
+    def key_column(self) -> pa.ChunkedArray:
+        """The keys of all samples, by id: text (N,), some 100 bytes each in memory."""
+        return _read_columns(self._parquet, ["key"])["key"]
+
     def label_sets(self) -> list[str]:
         """Names of the other label sets of this split."""
         return sorted({path.stem for path in self._label_files()})
@@ -250,16 +254,13 @@ def _read_keys(parquet: Path, wanted: np.ndarray) -> list[str]:
     """The keys of the ids `wanted`, from the row groups that hold them."""
     with pq.ParquetFile(parquet) as file:
         rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        ends = np.cumsum(rows)
-        group_of = np.searchsorted(ends, wanted, side="right")
-        keys = [""] * len(wanted)
-        for group in np.unique(group_of):
-            here = np.flatnonzero(group_of == group)
-            column = file.read_row_group(int(group), columns=["key"]).column("key")
-            first = int(ends[group]) - rows[group]
-            found = column.take(pa.array(wanted[here] - first)).to_pylist()
-            for place, key in zip(here.tolist(), found, strict=True):
-                keys[place] = key
+        ends = np.cumsum(rows, dtype=np.int64)
+        groups = np.unique(np.searchsorted(ends, wanted, side="right"))
+        column = file.read_row_groups(groups.tolist(), columns=["key"])["key"]
+    ids = np.concatenate(
+        [np.empty(0, np.int64), *(np.arange(ends[group] - rows[group], ends[group]) for group in groups)]
+    )
+    keys: list[str] = column.take(pa.array(np.searchsorted(ids, wanted))).to_pylist()
     return keys
 
 

@@ -36,6 +36,13 @@ def label_quality(context: Context, clean_probability: np.ndarray, tau: float) -
     return split_quality(clean, truth, tau)
 
 
+def finite(losses: Tensor, what: str) -> Tensor:
+    """The losses, if they are (else UserError)."""
+    if not losses.isfinite().all():
+        raise UserError(f"{what} has diverged (loss not finite); lower optim.lr or set optim.clip_norm")
+    return losses
+
+
 class Sweep(Pass):
     """Every training sample, or every one of a population, once.
 
@@ -136,9 +143,7 @@ class LossSweep(Sweep):
         labels = batch.labels if self._labels is None else self._labels(batch.ids)
         for name, logits in everyone.items():
             losses = F.cross_entropy(logits, labels, reduction="none")
-            if not losses.isfinite().all():
-                raise UserError(f"net{name} has diverged (loss not finite); lower optim.lr or set optim.clip_norm")
-            table[f"loss{name}"][batch.ids] = losses
+            table[f"loss{name}"][batch.ids] = finite(losses, f"net{name}")
             table[f"predicted{name}"][batch.ids] = logits.argmax(1)
         table["suggested"][batch.ids] = torch.stack([*everyone.values()]).sum(0).argmax(1)
 
@@ -165,23 +170,58 @@ class LossSweep(Sweep):
         return self._after(self)
 
 
-class ClosingSweep(LossSweep):
-    """What a finished run says of labels about which its method says nothing: the mixture over its networks' losses."""
+class ClosingSweep(Sweep):
+    """What the trained networks hold of every label, at the end of a run; and the verdicts of a method that has none.
 
-    def __init__(self, context: Context, logits: Output) -> None:
-        super().__init__(context, {"": logits}, lambda _: self._divide(), name="verdicts")
-        self.add_columns(context, "")
+    Args:
+        context: of the run.
+        logits: of all its networks together.
+        verdicts: the method's own; None: the mixture over the networks' losses is to say them.
+
+    Attributes:
+        margins: float32 (owned,), the given class's logit less the greatest other one's; NaN where not seen.
+        verdicts: the method's own, or, of the finished sweep, those of the mixture.
+    """
+
+    verdicts: Verdicts
+
+    def __init__(self, context: Context, logits: Output, verdicts: Verdicts | None) -> None:
+        super().__init__(context, "verdicts")
+        self._logits, self._given = logits, verdicts
+        num_owned = len(context.table.owned)
+        self.margins = np.full(num_owned, np.nan, np.float32)
+        self._losses, self._predicted = self.margins.copy(), np.full(num_owned, -1, np.int16)
+        self._splits: dict[str, Split] = {}
 
     def resume_step(self, num_done: int) -> int | None:
-        """Its columns are in no checkpoint: it starts again."""
+        """What it has seen is in no checkpoint: it starts again."""
         return 0
 
-    def _divide(self) -> Metrics:
-        context = self.context
-        losses, mixture = divide(self.losses[""], None, context.config.method.mixture, context.world)
+    def see(self, batch: Batch, images: Tensor) -> None:
+        """See Sweep."""
+        logits, labels = self._logits(images).float(), batch.labels[:, None]
+        others = logits.scatter(1, labels, -torch.inf).amax(1)
+        places = (batch.ids - self.context.table.owned.start).cpu().numpy()
+        self.margins[places] = (logits.gather(1, labels)[:, 0] - others).cpu()
+        self._losses[places] = finite(F.cross_entropy(logits, batch.labels, reduction="none"), "the run").cpu()
+        self._predicted[places] = logits.argmax(1).cpu()
+
+    def splits(self) -> dict[str, Split]:
+        """See Pass."""
+        return self._splits
+
+    def finish(self) -> Metrics:
+        """See Pass."""
+        if self._given is not None:
+            self.verdicts = self._given
+            return {}
+        context, losses = self.context, self._losses
+        values, mixture = divide(losses, None, context.config.method.mixture, context.world)
         clean = np.full(len(losses), np.nan, np.float32)
-        if mixture is not None:
-            seen = ~np.isnan(losses)
-            clean[seen] = mixture.clean_probability(losses[seen])
-        self.verdicts = Verdicts(clean, context.table["suggested"].numpy())
-        return {} if mixture is None else self.divided("", Split(losses, clean, mixture, TAU))
+        self.verdicts = Verdicts(clean, self._predicted)
+        if mixture is None:
+            return {}
+        seen = ~np.isnan(values)
+        clean[seen] = mixture.clean_probability(values[seen])
+        self._splits["net"] = Split(values, clean, mixture, TAU)
+        return label_quality(context, clean, TAU)

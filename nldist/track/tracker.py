@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -199,6 +199,23 @@ def sync(run_dir: Path) -> None:
             raise UserError(f"{run_dir}: MLflow did not take the records: {errors}")
         if errors:
             print(errors, file=sys.stderr)
+
+
+def publish(run_dir: Path, files: Iterable[Path], folder: str) -> bool:
+    """Let MLflow have files of a run that has ended, in a folder of its own; False where the run is not tracked.
+
+    Raises `UserError` if MLflow does not take them: `nldist sync` sends them later.
+    """
+    if not (run_dir / OUTBOX_FILE).exists():
+        return False
+    outbox = JsonLines(run_dir / OUTBOX_FILE)
+    for path in files:
+        outbox.append(
+            {"event": "artifact", "time": round(time.time(), 3), "path": str(path.absolute()), "folder": folder}
+        )
+    outbox.close()
+    sync(run_dir)
+    return True
 
 
 def start_sender(run_dir: Path, *options: str, stderr: int | None = None) -> subprocess.Popen[bytes]:

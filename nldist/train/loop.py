@@ -11,7 +11,7 @@ from nldist.dist.stop import Stop
 from nldist.dist.stop_check import StopCheck
 from nldist.errors import UserError
 from nldist.passes.base import Pass
-from nldist.passes.method import Method, Phase, Verdicts
+from nldist.passes.method import Method, Phase
 from nldist.passes.sweep import ClosingSweep
 from nldist.run.summary import quality
 from nldist.train.meter import Meter, Watch
@@ -52,11 +52,11 @@ class Trainer:
                 if not self._run_pass(task, f"{self.reporter.title(epoch)} {phase.name}"):
                     return self._stop
             self._end_epoch(epoch, phase, time.perf_counter() - began)
-        verdicts = self.method.verdicts() or self._last_sweep()
-        if self._stop:
-            return self._stop
-        self.reporter.end(verdicts, progress.record)
-        return Stop.NONE
+        if self.method.uses_labels:
+            self._closing_sweep()
+        if not self._stop:
+            self.reporter.end(progress.record)
+        return self._stop
 
     def _phase(self, epoch: int) -> Phase:
         for phase in self.method.phases():
@@ -141,15 +141,15 @@ class Trainer:
         record["scores"].append(score)
         record["quality"] = quality(metrics)
         self.reporter.epoch(epoch, metrics, record, seconds)
+        if (verdicts := self.method.verdicts()) is not None:
+            self.reporter.samples(verdicts, epoch + 1)
         self.progress.save_weights(epoch + 1, score)
         self._save(Position(epoch + 1))
 
-    def _last_sweep(self) -> Verdicts | None:
-        """The losses of the trained networks say what the method does not; None for what learns without labels."""
-        if not self.method.uses_labels:
-            return None
-        task = ClosingSweep(self.context, self.method.logits)
-        if not self._run_pass(task, "at the end"):
-            return None
-        self.progress.record["quality"] = quality(self.progress.record["epoch"])
-        return task.verdicts
+    def _closing_sweep(self) -> None:
+        """What the trained networks hold of the labels."""
+        record = self.progress.record
+        task = ClosingSweep(self.context, self.method.logits, self.method.verdicts())
+        if self._run_pass(task, "at the end"):
+            record["quality"] = quality(record["epoch"]) or record["quality"]
+            self.reporter.samples(task.verdicts, self.method.num_epochs, task.margins)

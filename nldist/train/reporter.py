@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from nldist import __version__
+from nldist.data.samples import Samples
 from nldist.data.stream import Stream
 from nldist.dist.checkpoint import Position
 from nldist.dist.optimizer import batch_factor
@@ -16,7 +17,6 @@ from nldist.passes.base import Pass, Split
 from nldist.passes.context import Context
 from nldist.passes.method import Method, Verdicts
 from nldist.report import plots
-from nldist.report.samples import write_samples
 from nldist.run.directory import RunDirectory
 from nldist.run.status import StatusFile
 from nldist.run.summary import closing_line, epoch_line, summarise
@@ -144,16 +144,21 @@ class Reporter:
         self.say(f"stopped at {position.name}, all saved{took}; the same command goes on from there")
         self._status.update(state="stopped")
 
-    def end(self, verdicts: Verdicts | None, record: Mapping[str, Any]) -> None:
-        """Leave what a person or a script reads: plots, the samples' table, and at last the summary. A collective."""
+    def samples(self, verdicts: Verdicts, num_epochs: int, margins: np.ndarray | None = None) -> None:
+        """Leave what is known of every label after so many epochs; nothing, where that is nothing. A collective.
+
+        `margins` (owned,) are known at the end of the run.
+        """
+        context, gather = self._context, self._context.world.all_gather
+        clean, suggested = gather(verdicts.clean_probability), gather(verdicts.suggested)
+        margin = np.full(len(clean), np.nan, np.float32) if margins is None else gather(margins)
+        if self._is_main and not np.isnan(clean).all():
+            about = context.config.data.label_set, num_epochs, self._method.num_epochs
+            Samples(context.labels, clean, suggested, margin, *about).write(self._run.path, context.train)
+
+    def end(self, record: Mapping[str, Any]) -> None:
+        """Leave what a person or a script reads: the curve of the scores, and at last the summary."""
         context, path, score = self._context, self._run.path, self._method.score
-        if verdicts is not None:
-            gather, index = context.world.all_gather, context.train.root / context.train.split / "index.parquet"
-            columns = gather(verdicts.clean_probability), gather(verdicts.suggested)
-            if self._is_main:
-                write_samples(
-                    path / "tables" / "samples.parquet", index, context.train.classes, context.labels, *columns
-                )
         if not self._is_main:
             return
         self._score_curve(record["scores"])

@@ -11,17 +11,18 @@ import pytest
 from PIL import Image
 
 from nldist.cli.noise import main
-from nldist.data.corrections import Suggestions, apply_marks
+from nldist.data.corrections import apply_marks
 from nldist.data.index import Index
+from nldist.data.samples import Samples
 from nldist.errors import UserError
-from nldist.report.samples import write_samples
 from tests.conftest import run_tool
 
 
-def write_run(run_dir: Path, index: Index, *columns: np.ndarray, classes: list[str] | None = None) -> None:
+def write_run(run_dir: Path, index: Index, given: np.ndarray, probability: np.ndarray, suggested: np.ndarray) -> None:
+    """Margins are noise: they decide nothing but where probabilities are the same."""
     (run_dir / "tables").mkdir(parents=True)
-    place = index.root / index.split / "index.parquet"
-    write_samples(run_dir / "tables" / "samples.parquet", place, classes or index.classes, *columns)
+    margin = np.random.default_rng(0).normal(size=len(index)).astype(np.float32)
+    Samples(given, probability, suggested, margin, "sym50", 3, 3).write(run_dir, index)
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_an_exported_label_set_can_be_brought_back(digits: Path, run: Path, tmp_
         (("--name=x --model=symmetric --rate=0.1 --marks=MARKS"), "--marks is for --from-run"),
         (("--name=x --from-run=RUN --below=1.5"), "--below is a number in [0, 1]"),
         (("--name=x --marks=MARKS --at-most-rate=0.1"), "--at-most-rate is a number in [0, 1] for --from-run"),
-        (("--name=x --from-run=nowhere"), "the run has not ended"),
+        (("--name=x --from-run=nowhere"), "the run says nothing about labels yet"),
         (("--name=x --from-run=RUN --marks=nowhere.csv"), "nowhere.csv cannot be read"),
         (("--name=x --from-run=RUN --marks=MARKS"), "mark 'maybe' is none of wrong, right, unsure"),
     ],
@@ -185,14 +186,13 @@ def test_a_line_break_in_a_key_is_part_of_it(digits: Path, tmp_path: Path) -> No
     assert repr("a\x85b\r\nc") in str(told.value)
 
 
-def test_a_run_with_other_classes_is_refused(digits: Path, tmp_path: Path) -> None:
+def test_a_run_with_other_classes_is_refused(digits: Path, run: Path) -> None:
     index = Index.open(digits, "train")
-    columns = (index.labels(), np.zeros(len(index), np.float32), index.labels())
-    write_run(tmp_path / "other", index, *columns, classes=index.classes[::-1])
+    index.classes = index.classes[::-1]
     with pytest.raises(UserError, match="other classes"):
-        Suggestions.read(tmp_path / "other", index)
+        Samples.read(run, index)
 
 
 def test_a_run_on_other_samples_is_refused(digits: Path, run: Path) -> None:
     with pytest.raises(UserError, match="other samples"):
-        Suggestions.read(run, Index.open(digits, "test"))
+        Samples.read(run, Index.open(digits, "test"))

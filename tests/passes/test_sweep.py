@@ -37,13 +37,13 @@ def trained(digits: Path) -> State:
     return state
 
 
-def judge(world: World, digits: Path, trained: State) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+def judge(world: World, digits: Path, trained: State) -> tuple[list[np.ndarray], dict[str, float]]:
     method = build(digits, world)
     method.engines[0].model.load_state_dict(trained)
-    task = ClosingSweep(method.context, method.logits)
+    task = ClosingSweep(method.context, method.logits, None)
     metrics = run_pass(method.context, task)
-    verdicts: Verdicts = task.verdicts
-    return world.all_gather(verdicts.clean_probability), world.all_gather(verdicts.suggested), metrics
+    columns = task.verdicts.clean_probability, task.verdicts.suggested, task.margins
+    return list(map(world.all_gather, columns)), metrics
 
 
 def test_a_method_without_an_opinion_is_judged_by_its_losses_on_any_number_of_ranks(
@@ -58,14 +58,27 @@ def test_a_method_without_an_opinion_is_judged_by_its_losses_on_any_number_of_ra
     losses = F.cross_entropy(logits, torch.from_numpy(context.labels).long(), reduction="none").numpy()
     assert context.clean is not None
     correct = context.clean == context.labels
+    others = [np.delete(row, label).max() for row, label in zip(logits.numpy(), context.labels, strict=True)]
+    expected = logits.numpy()[np.arange(len(losses)), context.labels] - others
     for size in (1, 2, 3):
-        for rank, (clean, suggested, metrics) in enumerate(run_ranks(judge, size, digits, trained)):
+        for rank, ((clean, suggested, margins), metrics) in enumerate(run_ranks(judge, size, digits, trained)):
+            np.testing.assert_allclose(margins, expected, rtol=1e-4, atol=1e-4)
             assert (suggested == logits.argmax(1).numpy()).mean() > 0.998
             order = np.argsort(losses)
             assert clean[order[:300]].min() > clean[order[-300:]].max(), "the smaller the loss, the cleaner"
             if rank == 0:
                 assert metrics["split_auc"] == pytest.approx(roc_auc_score(correct, clean), abs=1e-6)
                 assert metrics["split_auc"] > 0.75
+
+
+def test_a_method_s_own_opinion_stands(digits: Path, trained: State) -> None:
+    method = build(digits)
+    method.engines[0].model.load_state_dict(trained)
+    own = Verdicts(np.linspace(0, 1, 1437), np.arange(1437) % 10)
+    task = ClosingSweep(method.context, method.logits, own)
+    assert run_pass(method.context, task) == {}
+    assert task.verdicts is own
+    assert np.isfinite(task.margins).all()
 
 
 def features_of(world: World, digits: Path) -> np.ndarray:

@@ -32,7 +32,7 @@ def why_not() -> str | None:
     """Why a cluster cannot be started here, in one line; None if it can."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=SYSTEM_PATH) is None]
     if missing:
-        return f"Slurm is not installed ({', '.join(missing)} not found): run .ci/install-slurm as root on Debian"
+        return f"Slurm is not installed ({', '.join(missing)} not found): run .ci/install as root on Debian"
     return None if os.geteuid() == 0 else "a Slurm cluster for tests needs root"
 
 

@@ -1,6 +1,6 @@
 """Twenty disturbances at random moments, one run: what happened, and whether the run ends as if left alone.
 
-    make soak            (as root, with Slurm installed: .ci/install-slurm)
+    make soak            (as root, with Slurm installed: .ci/install)
 
 A job on two nodes is preempted, requeued, loses a rank or a node, again and again, also while it starts, saves or
 stops. At the end its weights and metrics must be those of an undisturbed run, bit for bit, in one MLflow run, with

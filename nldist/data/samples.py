@@ -1,0 +1,105 @@
+"""RUN/tables/samples.parquet: what a run says of every label."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nldist.data.index import Index
+from nldist.errors import UserError
+from nldist.files import replacing
+
+SAMPLES_FILE = Path("tables", "samples.parquet")  # in a run directory
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a run says of its N training samples.
+
+    Attributes:
+        given: int (N,), the labels that it was trained on.
+        clean_probability: float32 (N,), that they are right; NaN where it does not know.
+        suggested: int (N,), the class that it holds for right; -1 where it does not know.
+        margin: float32 (N,), the given class's logit by the trained networks less the greatest other one's; NaN where
+            not known: before the run's end, and in runs of nldist 0.1.
+        label_set: that `given` is; None: the labels in the shards.
+        num_epochs: after how many it says this.
+        of_epochs: how many the run has in all.
+    """
+
+    given: np.ndarray
+    clean_probability: np.ndarray
+    suggested: np.ndarray
+    margin: np.ndarray
+    label_set: str | None
+    num_epochs: int
+    of_epochs: int
+
+    @property
+    def when(self) -> str:
+        """After which part of the run it says this, for people."""
+        return (
+            f"after epoch {self.num_epochs} of {self.of_epochs}" if self.num_epochs < self.of_epochs else "at its end"
+        )
+
+    def order(self) -> np.ndarray:
+        """Ids of all samples that it judges, the most doubtful label first, int64.
+
+        By their probability to be right; where that is the same, as it often is at 0 and 1, by the margin.
+        """
+        margin = np.nan_to_num(self.margin, nan=0.0)
+        order = np.lexsort((margin, self.clean_probability))
+        return order[: np.count_nonzero(~np.isnan(self.clean_probability))]  # NaN comes last
+
+    def write(self, run_dir: Path, index: Index) -> None:
+        """Write the file of a run on the samples of `index`: also their ids and keys; null where it does not know."""
+        table = pa.table(
+            {
+                "id": np.arange(len(self.given)),
+                "key": index.key_column(),
+                "label": self.given,
+                "clean_probability": pa.array(self.clean_probability, mask=np.isnan(self.clean_probability)),
+                "suggested": pa.array(self.suggested, mask=self.suggested < 0),
+                "margin": pa.array(self.margin, mask=np.isnan(self.margin)),
+            }
+        )
+        about: dict[str, Any] = {"classes": index.classes, "label_set": self.label_set}
+        about |= {"num_epochs": self.num_epochs, "of_epochs": self.of_epochs}
+        table = table.replace_schema_metadata({name: json.dumps(value) for name, value in about.items()})
+        with replacing(run_dir / SAMPLES_FILE) as aside:
+            pq.write_table(table, aside)
+
+    @classmethod
+    def read(cls, run_dir: Path, index: Index) -> "Samples":
+        """Of a run on the samples of `index`.
+
+        Raises:
+            UserError: the run has left none, or its samples or classes are others.
+        """
+        file = run_dir / SAMPLES_FILE
+        try:
+            table = pq.read_table(file).sort_by("id")
+        except FileNotFoundError:
+            raise UserError(f"{file} is missing: the run says nothing about labels yet") from None
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{file} is damaged: {error}") from None
+        about = {key.decode(): json.loads(value) for key, value in (table.schema.metadata or {}).items()}
+        if "of_epochs" not in about:
+            raise UserError(f"{file} is of an nldist before 0.2, which did not say what its labels are; train again")
+        if about["classes"] != index.classes:
+            raise UserError(f"{run_dir} was trained on other classes (or another order of them) than {index.root} has")
+        if not table["key"].equals(index.key_column()):
+            raise UserError(f"{run_dir} was trained on other samples than {index.root / index.split} has")
+        return cls(
+            table["label"].to_numpy().astype(np.int32),
+            table["clean_probability"].fill_null(np.nan).to_numpy(),
+            table["suggested"].fill_null(-1).to_numpy().astype(np.int32),
+            table["margin"].fill_null(np.nan).to_numpy(),
+            about["label_set"],
+            about["num_epochs"],
+            about["of_epochs"],
+        )

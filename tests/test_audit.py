@@ -1,0 +1,229 @@
+"""nldist audit: the real command on real and on hostile data sets, the page in a real browser."""
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from nldist.cli.audit import main
+from nldist.cli.noise import main as noise
+from nldist.config.file import load_config
+from nldist.data.index import Index
+from nldist.data.samples import Samples
+from nldist.run.directory import RunDirectory
+from tests.browser import Opened, browser, needs_browser, opened
+from tests.conftest import run_tool
+from tests.jobs import DIGITS, run_job
+
+HOSTILE = [
+    "</script><script>document.title='ran'</script>",
+    "<img src=x onerror=\"document.title='ran'\">",
+    'quoted "twice", and a comma',
+    "\u05e9\u05dc\u05d5\u05dd \u0639\u0631\u0628\u064a",
+    "line\nbreak",
+    "{{ 7 * 7 }} & 'single' =1+1",
+]
+N = 130
+
+
+def write_run(run_dir: Path, index: Index, probability: np.ndarray, suggested: np.ndarray) -> Path:
+    """A run directory with nothing but its settings and what it says."""
+    (run_dir / "tables").mkdir(parents=True)
+    config = load_config(DIGITS, [f"data.root={index.root}", f"run.dir={run_dir}", "data.label_set=null"])
+    RunDirectory(run_dir).write_config(config)
+    margin = np.linspace(-3, 3, len(index)).astype(np.float32)
+    Samples(index.label, probability, suggested, margin, None, 3, 9).write(run_dir, index)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on images whose names and classes are markup, quotes, line breaks and right-to-left text."""
+    folder = tmp_path_factory.mktemp("hostile")
+    photos, table = folder / "photos", folder / "table.csv"
+    photos.mkdir()
+    with table.open("w", newline="", encoding="utf-8") as out:
+        rows = csv.writer(out)
+        rows.writerow(("path", "label"))
+        for number in range(N):
+            # Not a slash, which is none in a file's name.
+            name = f"{number:03d} {HOSTILE[number % len(HOSTILE)].replace('/', '|')}.png"
+            Image.new("RGB", (40, 30), (number, 255 - number, 90)).save(photos / name)
+            rows.writerow((name, HOSTILE[number * 5 % 7 % len(HOSTILE)]))
+    run_tool("tools/shard.py", "csv", table, folder / "data", "--split", "train", "--root", photos, "--workers", 0)
+    index = Index.open(folder / "data", "train")
+    probability = np.linspace(0, 1, N).astype(np.float32)
+    probability[-2:] = np.nan
+    suggested = (index.label + 1) % index.num_classes
+    suggested[-2:] = -1
+    run = write_run(folder / "run", index, probability, suggested)
+    assert main([str(run), "--images", "100"]) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser() as running:
+        yield running
+
+
+@pytest.fixture
+def page(chromium: Any, hostile: Path) -> Iterator[Opened]:
+    with opened(chromium, hostile / "audit" / "index.html", accept_downloads=True) as found:
+        yield found
+        assert found.problems == []
+        assert [url for url in found.requests if not url.startswith("file://")] == []
+        assert found.page.title().startswith("Labels of data")
+
+
+def test_a_finished_run_is_reported(digits: Path, tmp_path: Path) -> None:
+    """Of a method without an opinion of its own, through a process as a user starts it."""
+    run_dir = tmp_path / "run"
+    settings = (f"data.root={digits}", "method.name=cross_entropy", "train.epochs=3")
+    assert run_job(run_dir, *settings) == [0]
+    command = [sys.executable, "-m", "nldist.cli", "audit", str(run_dir)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    index = Index.open(digits, "train")
+    table = pq.read_table(run_dir / "audit" / "labels.parquet").to_pydict()
+    assert sorted(table["key"]) == sorted(index.keys(range(1437)))
+    given, clean = index.labels("sym50"), index.labels("clean")
+    wrong = {key for key, right in zip(index.keys(range(1437)), given == clean, strict=True) if not right}
+    first = table["key"][: len(wrong)]
+    assert np.mean([key in wrong for key in first]) > 0.7, "the most doubtful are mostly wrong"
+    assert "1,437 labels are probably wrong" in done.stdout
+    assert json.loads(data_of(run_dir / "audit" / "index.html"))["items"][0]["key"] == first[0]
+
+
+def data_of(page: Path) -> str:
+    """The JSON text in a page."""
+    return page.read_text().partition('<script type="application/json" id="data">')[2].partition("</script>")[0]
+
+
+def test_a_run_that_goes_on_is_reported_as_it_stands(digits: Path, tmp_path: Path) -> None:
+    run_dir, settings = tmp_path / "run", (f"data.root={digits}", "train.epochs=4", "method.dividemix.warmup_epochs=1")
+    assert run_job(run_dir, *settings, kill=(0, 120)) == [-9]
+    assert main([str(run_dir)]) == 0
+    samples = Samples.read(run_dir, Index.open(digits, "train"))
+    assert 2 <= samples.num_epochs < samples.of_epochs == 4
+    assert np.isnan(samples.margin).all()
+    assert f"after epoch {samples.num_epochs} of 4" in (run_dir / "audit" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "is not a run directory"),
+        (["RUN", "--images", "0"], "--images is a number from 1"),
+        (["RUN", "data.root=/nowhere"], "if it has moved, add data.root="),
+        (["RUN", "--out", "RUN/config.yaml"], "cannot be written"),
+    ],
+)
+def test_one_clear_line(arguments: list[str], words: str, hostile: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word.replace("RUN", str(hostile)) for word in arguments]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+    assert words in told
+
+
+def test_tables_keep_every_name(hostile: Path) -> None:
+    table = pq.read_table(hostile / "audit" / "labels.parquet").to_pydict()
+    with (hostile / "audit" / "labels.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for name in ("key", "given"):
+        assert [row[name] for row in rows] == table[name]
+    assert set(table["given"]) == set(HOSTILE)
+    assert [row["rank"] for row in rows[-2:]] == ["", ""]
+
+
+@needs_browser
+def test_names_are_text_and_run_nothing(page: Opened, hostile: Path) -> None:
+    assert page.page.locator(".card").count() == 60
+    assert page.page.locator("img").count() == 60
+    assert (
+        page.page.evaluate("Promise.all([...document.images].map((image) => image.decode())).then((all) => all.length)")
+        == 60
+    )
+    shown = set(page.texts(".card dd bdi"))
+    assert shown <= set(HOSTILE)
+    assert len(shown) == len(HOSTILE)
+    assert set(page.texts("#classes th bdi")) == set(HOSTILE)
+    unseen = pq.read_table(hostile / "audit" / "labels.parquet")["key"].to_pylist()[-2:]
+    assert page.texts("#unread li bdi") == unseen
+
+
+@needs_browser
+def test_filters_sorting_and_pages(page: Opened, hostile: Path) -> None:
+    items = json.loads(data_of(hostile / "audit" / "index.html"))["items"]
+    page.page.click("#after")
+    assert page.texts("#page") == ["page 2 of 2"]
+    assert page.page.locator(".card").count() == 40
+    assert page.page.is_disabled("#after")
+    page.page.fill("#search", "042 ")
+    assert page.page.locator(".card").count() == 1
+    page.page.click("#all")
+    number = items[0]["given"]
+    page.page.select_option("#given", str(number))
+    assert page.page.locator(".card").count() == sum(item["given"] == number for item in items)
+    page.page.select_option("#sort", "sure")
+    ranks = [int(text.split("#")[1].split()[0]) for text in page.texts(".card .key")]
+    assert ranks == sorted(ranks, reverse=True)
+    cell = page.page.locator(".matrix button").first
+    wanted = (int(cell.get_attribute("data-given")), int(cell.get_attribute("data-suggested")))
+    cell.click()
+    pair = [item for item in items if (item["given"], item["suggested"]) == wanted]
+    assert page.page.locator(".card").count() == len(pair) > 0
+
+
+@needs_browser
+def test_marks_stay_and_go_into_a_label_set(page: Opened, hostile: Path, tmp_path: Path) -> None:
+    first, second, third = page.page.locator(".card").all()[:3]
+    first.locator("button[data-mark=wrong]").click()
+    second.focus()
+    page.page.keyboard.press("r")
+    page.page.keyboard.press("ArrowRight")
+    page.page.keyboard.press("u")
+    assert third.get_attribute("data-mark") == "unsure"
+    page.page.keyboard.press("u")
+    assert third.get_attribute("data-mark") == ""
+    page.page.keyboard.press("w")
+    page.page.reload()
+    marks = [card.get_attribute("data-mark") for card in page.page.locator(".card").all()]
+    assert marks == ["wrong", "right", "wrong"] + [""] * 57
+    assert "2 wrong, 1 right, 0 unsure" in page.texts("#told")[0]
+    page.page.select_option("#marked", "right")
+    assert page.page.locator(".card").count() == 1
+    with page.page.expect_download() as download:
+        page.page.click("#download")
+    download.value.save_as(tmp_path / "marks.csv")
+
+    items = json.loads(data_of(hostile / "audit" / "index.html"))["items"]
+    root, labels = hostile.parent / "data", tmp_path / "labels"
+    made = ["--marks", str(tmp_path / "marks.csv"), "--name", "marked", "--labels-dir", str(labels)]
+    assert noise([str(root), *made]) == 0
+    index = Index.open(root, "train", None, labels)
+    changed = np.flatnonzero(index.labels("marked") != index.label)
+    assert sorted(index.keys(changed)) == sorted(items[place]["key"] for place in (0, 2))
+    assert all(index.labels("marked")[changed] == (index.label[changed] + 1) % len(HOSTILE))
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone_and_follows_the_system_s_colours(
+    width: int, scheme: str, chromium: Any, hostile: Path
+) -> None:
+    settings = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme}
+    with opened(chromium, hostile / "audit" / "index.html", **settings) as found:
+        assert found.page.evaluate("document.documentElement.scrollWidth") <= width
+        ground = found.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+        assert found.problems == []
