@@ -26,7 +26,7 @@ class Opened:
         self.requests: list[str] = []
         page.on("console", lambda message: self.problems.append(message.text))
         page.on("pageerror", lambda error: self.problems.append(str(error)))
-        page.on("dialog", lambda dialog: (self.problems.append(dialog.message), dialog.dismiss()))
+        page.on("dialog", lambda dialog: self.problems.append(dialog.message))
         page.on("request", lambda request: self._note(request.url))
 
     def _note(self, url: str) -> None:

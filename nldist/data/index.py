@@ -40,9 +40,8 @@ def owned(n: int, rank: int, size: int) -> range:
 class Index:
     """Where every image of one split lies, and its given label.
 
-    The columns (of shape (N,), indexed by id) are read-only views of one memory-mapped file, `records`, that
-    all processes of a node share. Pickling an index
-    sends its place only; the process that unpickles it maps the file again.
+    The columns (of shape (N,), indexed by id) are read-only views of one memory-mapped file, `records`, that all
+    processes of a node share. Pickling an index sends its place only; the process that unpickles it maps it again.
     """
 
     def __init__(
