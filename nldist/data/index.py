@@ -192,12 +192,18 @@ class Index:
 
 def _read_labels(path: Path, num_samples: int, num_classes: int) -> np.ndarray:
     table = _read_columns(path, ["id", "label"])
-    ids: np.ndarray = table.column("id").to_numpy()
-    labels: np.ndarray = table.column("label").to_numpy()
+    ids, labels = _numbers(table.column("id")), _numbers(table.column("label"))
     if not np.array_equal(ids, np.arange(num_samples)):
         raise UserError(f"{path}: must hold every id from 0 to {num_samples - 1} once, in order")
     _check_range(path, "label", labels, num_classes)
     return labels.astype(np.int32)
+
+
+def _numbers(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A column as an array. `to_numpy`, which finds a place for nulls, too, imports pandas: seconds in each process."""
+    if column.null_count or not pa.types.is_integer(column.type):
+        return column.to_numpy()
+    return np.from_dlpack(column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column)
 
 
 def _reopen(root: Path, split: str, cache_dir: Path | None, labels_dir: Path | None, stamp: str) -> Index:
@@ -281,11 +287,11 @@ def _write_records(parquet: Path, target: Path, index: Index) -> None:
             out = np.lib.format.open_memmap(target, "w+", RECORD, (num_rows,))
             row = 0
             for batch in file.iter_batches(_ROWS_PER_READ, columns=["id", *names], use_threads=False):
-                ids = batch.column("id").to_numpy()
+                ids = _numbers(batch.column("id"))
                 if not np.array_equal(ids, np.arange(row, row + len(ids))):
                     raise UserError(f"{parquet}: ids must be 0 to {num_rows - 1} in order")
                 for name in names:
-                    out[name][row : row + len(ids)] = batch.column(name).to_numpy()
+                    out[name][row : row + len(ids)] = _numbers(batch.column(name))
                 row += len(ids)
     except (OSError, pa.ArrowException, KeyError) as error:
         raise UserError(f"{parquet}: cannot be read as an index ({error})") from error

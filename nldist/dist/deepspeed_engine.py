@@ -66,7 +66,7 @@ class DeepSpeedEngine(Engine):
         self._stage = config.engine.zero_stage
         network = self._network()
         self._optimizer = build_optimizer(network, self._optim)
-        if self._stage and type(self._optimizer) not in _ELEMENTWISE:
+        if self._stage and not isinstance(self._optimizer, _ELEMENTWISE):
             raise UserError(f"optim.name={self._optim.name} needs whole parameters; set engine.zero_stage=0")
         # The optimiser's state dict as every engine writes it: numbers instead of parameters.
         self._groups = self._optimizer.state_dict()["param_groups"]

@@ -1,5 +1,7 @@
 """The configured optimiser, and its learning rate over epochs and batch sizes."""
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -53,8 +55,20 @@ def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.Optimi
 
         make, options = (timm.optim.Lars, momentum) if optim.name == "lars" else (timm.optim.Lamb, {})
         return make(_layerwise(model, optim), lr=optim.lr, **options)
-    make, options = (torch.optim.SGD, momentum) if optim.name == "sgd" else (torch.optim.Adam, {})
-    return make(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, **options)
+    kind, options = (torch.optim.SGD, momentum) if optim.name == "sgd" else (torch.optim.Adam, {})
+    return _eager(kind)(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, **options)
+
+
+@functools.cache
+def _eager(kind: Any) -> Any:
+    """An optimiser's class with its methods as they are, without what torch.compile needs around them.
+
+    Which imports torch._dynamo and sympy when they are first called: seconds in each process. Only networks are
+    compiled here.
+    """
+    names = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    return type(kind.__name__, (kind,), methods | {"step": torch.no_grad()(inspect.unwrap(kind.step))})
 
 
 def num_moments(optim: OptimSection) -> int:

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from nldist.config import ClusterSection, Config, Recipe
@@ -191,6 +190,8 @@ class ClusterEvaluationPass(EvaluationPass):
         """See Pass."""
         metrics = super().finish()
         confusion = self.confusion.cpu().numpy()
+        from scipy.optimize import linear_sum_assignment  # takes a second, and one rank needs it
+
         rows, columns = linear_sum_assignment(-confusion)
         matched = 100 * int(confusion[rows, columns].sum()) / max(int(confusion.sum()), 1)
         return {"cluster_accuracy": matched, "num_evaluated": metrics["num_evaluated"]}

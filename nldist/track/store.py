@@ -6,11 +6,13 @@ import re
 import shlex
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nldist.config import Config
 from nldist.errors import UserError
 from nldist.track.migrate import migrate_copied, refuse_older
+
+if TYPE_CHECKING:  # which imports torch
+    from nldist.config import Config
 
 MAX_NAME_LENGTH = 250
 DATABASES = r"(postgresql|mysql|mssql)(\+\w+)?://"
@@ -32,7 +34,7 @@ def resolve_uri(uri: str) -> str:
     return uri
 
 
-def store_uri(config: Config) -> str:
+def store_uri(config: "Config") -> str:
     """The MLflow store of a run: the one it names, else a file beside its directory."""
     return config.track.uri or f"sqlite:///{config.run.dir.absolute().parent / 'mlflow.db'}"
 

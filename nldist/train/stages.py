@@ -21,7 +21,7 @@ from nldist.dist.environment import num_restarts
 from nldist.dist.stop import REQUEST
 from nldist.dist.world import World
 from nldist.errors import UserError, show_messages
-from nldist.methods.build import METHODS, build_method
+from nldist.methods.build import build_method, method_class
 from nldist.models import model_revision
 from nldist.models.pretrained import weights_digest
 from nldist.passes.context import Context
@@ -75,7 +75,7 @@ def train(config: Config, only: Sequence[str] | None = None) -> int:
 
 def stages_of(config: Config) -> tuple[Stage, ...]:
     """The stages of the configured method, the training last."""
-    return (*METHODS[config.method.name].stages, TRAIN)
+    return (*method_class(config.method.name).stages, TRAIN)
 
 
 def _wanted(stages: Sequence[Stage], only: Sequence[str] | None, method: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 A kernel takes images uint8 (n, 3, H, W) and magnitudes float64 (n,) and gives uint8 (n, 3, H, W).
 
-torchvision, which takes seconds to import, is imported where it is used: whatever reads a configuration imports this.
+They are written out here, bit for bit: torchvision itself takes seconds to import, in each process.
 """
 
 from collections.abc import Callable, Sequence
@@ -98,18 +98,23 @@ def solarize(pixels: Tensor, thresholds: Tensor) -> Tensor:
 
 def autocontrast(pixels: Tensor, magnitudes: Tensor) -> Tensor:
     """Stretch each channel to the whole range."""
-    from torchvision.transforms.v2.functional import autocontrast
-
-    stretched: Tensor = autocontrast(pixels)
-    return stretched
+    values = pixels.float()
+    low, high = values.amin(dim=(2, 3), keepdim=True), values.amax(dim=(2, 3), keepdim=True)
+    flat = low == high
+    low, scale = low.masked_fill(flat, 0), ((high - low) * (1 / 255)).masked_fill(flat, 1)
+    return ((values - low) / scale).clamp(0, 255).to(torch.uint8)
 
 
 def equalize(pixels: Tensor, magnitudes: Tensor) -> Tensor:
-    """Flatten the histogram of each channel."""
-    from torchvision.transforms.v2.functional import equalize
-
-    flattened: Tensor = equalize(pixels)
-    return flattened
+    """Flatten the histogram of each channel, with Pillow's rounding."""
+    values = pixels.flatten(2).long()
+    counts = values.new_zeros((*values.shape[:2], 256))
+    counts.scatter_add_(2, values, values.new_ones(1).expand_as(values))
+    brightest = values.amax(dim=2, keepdim=True)
+    step = (values.shape[2] - counts.gather(2, brightest)) // 255
+    below = counts.cumsum(2) - counts  # pixels that are darker than each value
+    table = ((below + step // 2) // step.clamp(min=1)).clamp(max=255).to(torch.uint8)
+    return torch.where(step[..., None] > 0, table.gather(2, values).view_as(pixels), pixels)
 
 
 def invert(pixels: Tensor, magnitudes: Tensor) -> Tensor:
@@ -135,10 +140,8 @@ def blur(pixels: Tensor, sigmas: Tensor, radius: int) -> Tensor:
 
 def greyscale(pixels: Tensor) -> Tensor:
     """Luma rounded down: uint8 (n, 1, H, W)."""
-    from torchvision.transforms.v2.functional import rgb_to_grayscale
-
-    luma: Tensor = rgb_to_grayscale(pixels, num_output_channels=1)
-    return luma
+    r, g, b = pixels.split(1, dim=1)
+    return r.mul(0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114).to(torch.uint8)
 
 
 def _blend(pixels: Tensor, other: Tensor, factors: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def _decode(raw: bytes, limits: Limits) -> tuple[Image.Image, Image.Image]:
 
 def _as_trained(raw: bytes) -> np.ndarray:
     """The pixels (H, W, 3) as training decodes them. Raises BadImageError if it cannot."""
-    from nldist.data.reader import DecodeError, decoded  # torchvision takes seconds
+    from nldist.data.decode import DecodeError, decoded  # torch takes seconds
 
     try:
         return decoded(bytearray(raw)).permute(1, 2, 0).numpy()

@@ -1,5 +1,6 @@
 """Independent jobs on several processes that end with their parent, however it dies."""
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -19,13 +20,15 @@ def run_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], num_workers
     """Yield `function(job)` for every job, as they finish: the order is any.
 
     Jobs are drawn as workers come free, so neither the parent nor a worker ever holds all of them.
-    `num_workers` 0 runs them in this process, in order.
+    `num_workers` 0 runs them in this process, in order; so is one job alone, which would wait for a process to start.
 
     Raises:
         UserError: a worker process was killed from outside.
         Exception: what a job raises; jobs not yet begun are then dropped.
     """
-    if num_workers == 0:
+    first = list(itertools.islice(jobs := iter(jobs), 2))
+    jobs = itertools.chain(first, jobs)
+    if num_workers == 0 or len(first) < 2:
         yield from map(function, jobs)
         return
     context = multiprocessing.get_context("spawn")
