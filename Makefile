@@ -4,6 +4,8 @@ BIN := .venv/bin
 RANKS ?= 2
 # Ranks, readers and BLAS share few cores: threads that wait must sleep, not spin.
 export OMP_WAIT_POLICY ?= passive
+# Without bytecode each process compiles torch and all else anew: seconds. uv writes none by itself.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test soak lint format bench clean
 
@@ -12,7 +14,7 @@ setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable . --group dev
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable . --group dev
 	touch $@
 
 DEMO := runs/demo

@@ -28,8 +28,7 @@ from torch import Tensor
 from nldist.config.file import load_config
 from nldist.dist.engine import Engine
 from nldist.errors import UserError, main_guard
-from nldist.methods.build import METHODS
-from nldist.methods.lend import Lend
+from nldist.methods import lend
 from nldist.passes.base import Metrics, Pass
 from nldist.passes.context import Context
 from nldist.passes.supervised import Step
@@ -50,7 +49,7 @@ PROFILES = ("code", "paper")
 SETTINGS = ["method.name=lend", "method.lend.k=3", "train.batch_size=128"]
 
 
-class Watched(Lend):
+class Watched(lend.Lend):
     """LEND, which also counts how many of the network's own predictions for the training images are right."""
 
     def __init__(self, context: Context) -> None:
@@ -92,7 +91,7 @@ class Listener:
         return outputs
 
 
-METHODS["lend"] = Watched
+lend.Lend = Watched  # type: ignore[misc]
 
 
 @main_guard

@@ -5,7 +5,8 @@
 
 A row is user and system time of a command and of all that it has started, MLflow's process included, on scikit-learn's
 digits: CPU time hardly depends on what else the machine does. "To the first step" ends a training run as soon as the
-first step's record is there. The older nldist is checked out into a temporary folder; both use the same environment.
+first step's record is there. The older nldist is checked out into a temporary folder; both use the same environment,
+with the bytecode that a first, uncounted turn has left.
 Leaves benchmarks/results/start-DATE.json.
 """
 
@@ -47,14 +48,17 @@ def main() -> None:
         trees = {"before": before, "now": REPOSITORY}
         rows = {}
         for name, measure in rows_of(Path(work), options.demo).items():
-            seconds: dict[str, list[float]] = {side: [] for side in trees}
-            for _ in range(1 if name == "make demo" else options.repeats):
-                for side, tree in trees.items():
-                    seconds[side].append(measure(tree))
-            medians = {side: round(statistics.median(values), 2) for side, values in seconds.items()}
-            rows[name] = medians | {"ratio": round(medians["now"] / medians["before"], 2)}
+            turns = 1 if name == "make demo" else options.repeats + 1
+            seconds = [{side: measure(tree) for side, tree in trees.items()} for _ in range(turns)]
+            medians = {side: statistics.median(turn[side] for turn in seconds[turns > 1 :]) for side in trees}
+            rows[name] = medians | {"ratio": medians["now"] / medians["before"]}
             print(f"{name:46} {medians['before']:7.2f} {medians['now']:7.2f} {rows[name]['ratio']:5.2f}", flush=True)
-    print(f"recorded in {record.write('start', ['torch', 'torchvision', 'mlflow'], {'cpu_seconds': rows})}")
+    print(f"recorded in {record.write('start', ['torch', 'torchvision', 'mlflow'], {'cpu_seconds': rounded(rows)})}")
+
+
+def rounded(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """To two decimals."""
+    return {name: {key: round(value, 2) for key, value in row.items()} for name, row in rows.items()}
 
 
 @contextlib.contextmanager
@@ -120,12 +124,13 @@ def make_demo(tree: Path, folder: Path) -> float:
 
 def cpu_seconds(tree: Path, *arguments: object, until: Path | None = None) -> float:
     """User and system seconds of `python ARGUMENTS` of a work tree, until it has ended or has written to `until`."""
-    environment = {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     begin = _of_children()
     process = subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=tree,
-        env=os.environ | environment,
+        env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -136,7 +141,7 @@ def cpu_seconds(tree: Path, *arguments: object, until: Path | None = None) -> fl
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     if process.wait() not in (0, -signal.SIGKILL if until else 0):
-        raise RuntimeError(f"{process.args} in {tree} ended with {process.returncode}")
+        raise RuntimeError(f"{arguments} in {tree} ended with {process.returncode}")
     with contextlib.suppress(ChildProcessError):
         while True:
             os.wait()

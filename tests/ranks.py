@@ -15,7 +15,11 @@ from nldist.dist.world import World
 # Every process of a test is forked from one that has imported torch and nldist: importing takes seconds, forking none.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["nldist.train.stages", "nldist.launch.checks", "nldist.launch.submit", "sklearn.metrics", "matplotlib.figure"]
+    [
+        *("nldist.train.stages", "nldist.train.evaluate", "nldist.launch.checks", "nldist.launch.submit"),
+        *("nldist.methods.scanmix", "nldist.methods.mixnn", "nldist.report.compare"),
+        *("torch._dynamo", "scipy.optimize", "pandas", "matplotlib.figure", "matplotlib.backends.backend_agg"),
+    ]
 )
 _POOLS: dict[int, list[tuple[BaseProcess, Connection]]] = {}
 TIMEOUT_SECONDS = 180

@@ -13,8 +13,10 @@ from tests.conftest import REPOSITORY
 from tests.jobs import DIGITS
 
 # Takes seconds to import and is used at some places only. Those import it when they get there.
-SLOW = ("deepspeed", "faiss", "matplotlib", "mlflow", "pandas", "scipy", "sklearn", "sympy", "timm", "torch._dynamo")
-SLOW = (*SLOW, "torchvision")
+SLOW = (
+    *("deepspeed", "faiss", "matplotlib", "mlflow", "pandas", "scipy", "sklearn", "sympy", "timm"),
+    *("torch._dynamo", "torchvision"),
+)
 # Prints, for each of the modules SLOW that are there after importing argv[1], who imported it first, and who that one.
 PROGRAM = """
 import importlib, sys

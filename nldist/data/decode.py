@@ -42,7 +42,7 @@ def _decoder() -> Any:
     for folder in (package and package.submodule_search_locations) or ():
         for library in Path(folder).glob("image*.so"):
             with contextlib.suppress(OSError):
-                torch.ops.load_library(library)
+                torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     if not hasattr(torch.ops.image, "decode_image"):
         import torchvision.io  # noqa: F401
     return torch.ops.image.decode_image

@@ -201,9 +201,10 @@ def _read_labels(path: Path, num_samples: int, num_classes: int) -> np.ndarray:
 
 def _numbers(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """A column as an array. `to_numpy`, which finds a place for nulls, too, imports pandas: seconds in each process."""
-    if column.null_count or not pa.types.is_integer(column.type):
-        return column.to_numpy()
-    return np.from_dlpack(column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column)
+    whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    is_plain = pa.types.is_integer(column.type) and not column.null_count
+    found: np.ndarray = np.from_dlpack(whole) if is_plain else column.to_numpy()
+    return found
 
 
 def _reopen(root: Path, split: str, cache_dir: Path | None, labels_dir: Path | None, stamp: str) -> Index:
@@ -250,8 +251,9 @@ def _read_facts(root: Path) -> dict[str, Any]:
 
 def _read_columns(path: Path, columns: list[str]) -> pa.Table:
     try:
-        return pq.read_table(path, columns=columns)
-    except (OSError, pa.ArrowException) as error:
+        with pq.ParquetFile(path) as file:  # `pq.read_table` imports pandas
+            return file.read(columns=columns).select(columns)
+    except (OSError, pa.ArrowException, KeyError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
 
 

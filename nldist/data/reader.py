@@ -34,6 +34,7 @@ class Row(NamedTuple):
 
 assert Row._fields == RECORD.names
 
+
 @dataclass
 class Images:
     """Decoded images of one part.

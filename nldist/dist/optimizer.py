@@ -56,7 +56,8 @@ def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.Optimi
         make, options = (timm.optim.Lars, momentum) if optim.name == "lars" else (timm.optim.Lamb, {})
         return make(_layerwise(model, optim), lr=optim.lr, **options)
     kind, options = (torch.optim.SGD, momentum) if optim.name == "sgd" else (torch.optim.Adam, {})
-    return _eager(kind)(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, **options)
+    make = _eager(kind)
+    return make(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay, **options)
 
 
 @functools.cache

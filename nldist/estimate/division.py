@@ -70,7 +70,7 @@ def split_quality(clean_probability: np.ndarray, truth: np.ndarray | None, tau: 
 
 
 def _roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Area under the ROC curve: how often a positive has a higher score than a negative, ties half (Hanley, McNeil 1982).
+    """Area under the ROC curve: how often a positive's score is above a negative's (Hanley and McNeil 1982), ties half.
 
     As scikit-learn's, which takes seconds to import.
     """

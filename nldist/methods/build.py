@@ -23,7 +23,7 @@ METHODS = {
 
 
 def method_class(name: str) -> type[Method]:
-    """The method's class. Only its module is imported: some need FAISS, which a run of another one need not wait for."""
+    """The method's class. Its module alone is imported: some need FAISS, for which a run of another should not wait."""
     module, kind = METHODS[name].split(".")
     found: type[Method] = getattr(importlib.import_module(f"nldist.methods.{module}"), kind)
     return found

@@ -140,7 +140,7 @@ def blur(pixels: Tensor, sigmas: Tensor, radius: int) -> Tensor:
 
 def greyscale(pixels: Tensor) -> Tensor:
     """Luma rounded down: uint8 (n, 1, H, W)."""
-    r, g, b = pixels.split(1, dim=1)
+    r, g, b = torch.split(pixels, 1, dim=1)
     return r.mul(0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114).to(torch.uint8)
 
 
