@@ -15,6 +15,7 @@ COMMANDS = {
     "submit": "the same on a Slurm cluster, or on several ranks of this machine",
     "status": "how a run is doing",
     "evaluate": "accuracy of a run's weights on a split",
+    "predict": "labels and probabilities for images",
     "compare": "a table of finished runs",
     "audit": "a page and tables about the labels of a run: which are probably wrong",
     "sync": "send MLflow what it missed of a run",

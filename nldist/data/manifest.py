@@ -44,6 +44,16 @@ def read_dataset(root: Path) -> dict[str, Any]:
     return dataset
 
 
+def sharded_resize(root: Path, split: str) -> int | None:
+    """The short side (pixels) to which sharding shrank a split's images; None: it did not, or it is not known."""
+    try:
+        plan = json.loads((root / split / "plan.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    resize: int | None = plan.get("resize")
+    return resize
+
+
 def known_classes(root: Path, split: str) -> list[str] | None:
     """The classes of the data set as its other splits have them, or None if it has no other split."""
     if not (root / "dataset.json").exists():

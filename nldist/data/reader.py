@@ -3,7 +3,7 @@
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -76,7 +76,7 @@ class Reader:
             UserError: a shard is missing; or, with on_bad="refuse", a record is damaged.
         """
         records = self.index.records[ids]
-        sizes = self._sizes(records)
+        sizes = reduced(np.stack([records["height"], records["width"]], axis=1).astype(np.int64), self.max_side)
         shape = len(ids), *(sizes.max(axis=0).tolist() if len(ids) else (1, 1)), 3
         pixels = allocate(shape) if allocate else torch.empty(shape, dtype=torch.uint8)
         rows, wanted = records.tolist(), sizes.tolist()
@@ -84,28 +84,18 @@ class Reader:
         for place in np.lexsort((records["offset"], records["shard"])).tolist():
             row = Row(*rows[place])
             try:
-                _put(self._image(row, *wanted[place]), pixels[place])
+                put(self._image(row, *wanted[place]), pixels[place])
             except _BadRecordError as error:
                 reasons[place] = self._describe(int(ids[place]), row, error)
-        if not reasons:
-            return Images(pixels, sizes, np.arange(len(ids)), [])
-        bad = [reasons[place] for place in sorted(reasons)]
-        if self.on_bad == "refuse":
-            raise UserError(f"{bad[0]}; repair it, or set data.on_bad=skip to leave such images out")
-        kept = np.setdiff1d(np.arange(len(ids)), list(reasons))
+        kept, bad = parted(len(ids), reasons, self.on_bad)
+        if not bad:
+            return Images(pixels, sizes, kept, bad)
         pixels[: len(kept)] = pixels[torch.from_numpy(kept)]
         return Images(pixels[: len(kept)], sizes[kept], kept, bad)
 
     def close(self) -> None:
         """Close the open shards."""
         self._shards.close()
-
-    def _sizes(self, records: np.ndarray) -> np.ndarray:
-        """Heights and widths after the reduction to `max_side`, int64 (b, 2)."""
-        sizes = np.stack([records["height"], records["width"]], axis=1).astype(np.int64)
-        longest = sizes.max(axis=1, keepdims=True, initial=1)
-        reduced = np.maximum(np.rint(sizes * (self.max_side / longest)), 1).astype(np.int64)
-        return np.where(longest > self.max_side, reduced, sizes)
 
     def _image(self, row: Row, height: int, width: int) -> Tensor:
         """One image, uint8 (height, width, 3)."""
@@ -200,7 +190,26 @@ def _reduced(pixels: Tensor, height: int, width: int) -> Tensor:
     return reduced[0].permute(1, 2, 0)
 
 
-def _put(image: Tensor, pixels: Tensor) -> None:
+def parted(num_wanted: int, reasons: Mapping[int, str], on_bad: OnBad) -> tuple[np.ndarray, list[str]]:
+    """The positions, int64, of the wanted images that are not in `reasons`, and those reasons in order.
+
+    Raises:
+        UserError: there is one, with on_bad="refuse".
+    """
+    bad = [reasons[place] for place in sorted(reasons)]
+    if bad and on_bad == "refuse":
+        raise UserError(f"{bad[0]}; repair it, or set data.on_bad=skip to leave such images out")
+    return np.setdiff1d(np.arange(num_wanted), list(reasons)), bad
+
+
+def reduced(sizes: np.ndarray, max_side: int) -> np.ndarray:
+    """Heights and widths, int64 (b, 2), after longer sides are reduced to `max_side`."""
+    longest = sizes.max(axis=1, keepdims=True, initial=1)
+    fewer = np.maximum(np.rint(sizes * (max_side / longest)), 1).astype(np.int64)
+    return np.where(longest > max_side, fewer, sizes)
+
+
+def put(image: Tensor, pixels: Tensor) -> None:
     """Copy an image into its place in the batch, and clear what it does not cover."""
     height, width, _ = image.shape
     pixels[:height, :width] = image

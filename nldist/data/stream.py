@@ -1,6 +1,7 @@
 """A plan's batches on the device: plan -> read -> decode -> collate in worker processes -> device."""
 
 import atexit
+import itertools
 import logging
 import multiprocessing
 import signal
@@ -8,7 +9,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils.data import get_worker_info
 
 from nldist.data.cache import ShardCache
 from nldist.data.index import Index
+from nldist.data.loose import LooseImages, LooseReader
 from nldist.data.plan import Part, Plan
 from nldist.data.reader import OnBad, Reader
 from nldist.data.transfer import BufferPool, forget
@@ -37,6 +39,7 @@ class Batch:
         ids: int64 (b,).
         draws: int64 (b,), names this occurrence of each sample within the epoch (see `plan.Part`).
         labels: int64 (b,).
+        bad: what was wrong with the samples of the step that were left out, in their order.
     """
 
     images: Tensor
@@ -44,20 +47,21 @@ class Batch:
     ids: Tensor
     draws: Tensor
     labels: Tensor
+    bad: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def tensors(self) -> list[Tensor]:
         """All its tensors."""
-        return [getattr(self, field.name) for field in fields(self)]
+        return [self.images, self.sizes, self.ids, self.draws, self.labels]
 
 
 class Stream:
     """Iterates over the steps of a plan, as a `Batch` per role.
 
     Args:
-        index: the split to read.
+        index: the split, or the images outside of data sets, to read.
         labels: int (N,), one label per id; the index's given labels if None.
         plan: which samples each step has.
         num_workers: processes that read and decode; 0 does it in this one.
@@ -79,7 +83,7 @@ class Stream:
 
     def __init__(
         self,
-        index: Index,
+        index: Index | LooseImages,
         labels: np.ndarray | None,
         plan: Plan,
         *,
@@ -97,7 +101,11 @@ class Stream:
         self._labels = index.label if labels is None else labels
         self._steps = range(start_step, plan.num_steps)
         self._source = _Source(plan, self._steps)
-        self._reader = Reader(index, on_bad, max_side, cache)
+        self._reader: Reader | LooseReader
+        if isinstance(index, LooseImages):
+            self._reader = LooseReader(index, on_bad, max_side)
+        else:
+            self._reader = Reader(index, on_bad, max_side, cache)
         self._num_workers, self._prefetch = min(num_workers, len(self._steps)), prefetch
 
     def __len__(self) -> int:
@@ -148,11 +156,11 @@ class Stream:
         )
 
     def _count(self, load: "_Load") -> None:
-        for text in load.bad:
+        for text in itertools.chain(*load.bad.values()):
             if self.first_bad is None:
                 self.first_bad = text
                 _log.warning("left out: %s", text)
-        self.num_bad += len(load.bad)
+            self.num_bad += 1
         self.num_images += sum(len(part.ids) for _, part in load.facts.values())
 
     def _ahead(self, loads: Iterable["_Load"]) -> Iterator[dict[str, Batch]]:
@@ -169,14 +177,14 @@ class Stream:
             yield _arrived(*waiting)
 
     def _on_device(self, load: "_Load") -> dict[str, Batch]:
-        return {role: self._batch(pixels, *load.facts[role]) for role, pixels in load.pixels.items()}
+        return {role: self._batch(pixels, *load.facts[role], load.bad[role]) for role, pixels in load.pixels.items()}
 
-    def _batch(self, pixels: Tensor, sizes: np.ndarray, part: Part) -> Batch:
+    def _batch(self, pixels: Tensor, sizes: np.ndarray, part: Part, bad: list[str]) -> Batch:
         facts = torch.from_numpy(np.stack([*sizes.T, *part, self._labels[part.ids].astype(np.int64)]))
         if self.device.type == "cuda":
             facts = facts.pin_memory()
         pixels, facts = (tensor.to(self.device, non_blocking=True) for tensor in (pixels, facts))
-        return Batch(pixels.permute(0, 3, 1, 2), facts[:2].T, facts[2], facts[3], facts[4])
+        return Batch(pixels.permute(0, 3, 1, 2), facts[:2].T, facts[2], facts[3], facts[4], bad)
 
 
 @dataclass
@@ -186,7 +194,7 @@ class _Load:
     step: int
     pixels: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, tuple[np.ndarray, Part]] = field(default_factory=dict)
-    bad: list[str] = field(default_factory=list)
+    bad: dict[str, list[str]] = field(default_factory=dict)
     error: str | None = None
 
     def pin_memory(self) -> "_Load":
@@ -210,7 +218,7 @@ class _Source:
 class _Loading:
     """The pipeline's stage that reads, decodes and collates each step's parts."""
 
-    def __init__(self, reader: Reader, name: str) -> None:
+    def __init__(self, reader: Reader | LooseReader, name: str) -> None:
         self.reader, self.name = reader, name
 
     def __call__(self, steps: Iterable[tuple[int, dict[str, Part]]]) -> Iterator[_Load]:
@@ -231,7 +239,7 @@ class _Loading:
                 return _Load(step, error=str(error))
             load.pixels[role] = pool.pack(images.pixels) if pool else images.pixels
             load.facts[role] = images.sizes, Part(part.ids[images.kept], part.draws[images.kept])
-            load.bad += images.bad
+            load.bad[role] = images.bad
         return load
 
 

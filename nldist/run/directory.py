@@ -4,7 +4,7 @@ import errno
 import fcntl
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -134,30 +134,27 @@ class RunDirectory:
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             raise UserError(f"{path} was not saved: {error}; free some space") from None
 
-    def load_networks(self, which: str, config: Config, classes: list[str]) -> list[Network]:
-        """The networks of weights/WHICH.pt in eval mode.
+    def load_weights(self, which: str) -> dict[str, Any]:
+        """What weights/WHICH.pt holds (see `save_weights`), of networks that predict classes.
 
         Raises:
-            UserError: the run has no such weights, or they are for other classes, or of a stage before the training.
+            UserError: the run has no such weights, or they are of a stage before the training.
         """
         file = self.path / "weights" / f"{which}.pt"
         if not file.exists():
             raise UserError(f"{self.path} has no weights/{which}.pt yet: no epoch has ended")
-        saved = load_file(file)
+        saved: dict[str, Any] = load_file(file)
         if saved["stage"] != "train":
             raise UserError(f"{self.path} holds the stage {saved['stage']} of a run, which predicts no classes")
         check_revision(saved, saved["model"], file)
-        if saved["classes"] != classes:
-            raise UserError(f"{file} is for other classes (or another order of them) than {config.data.root} has")
-        networks = []
-        for state in saved["networks"]:
-            network = build_model(config.model.name, len(classes))
-            network.load_state_dict(state)
-            networks.append(network.eval())
-        return networks
+        return saved
 
 
-@torch.no_grad()
-def ensemble(networks: list[Network], images: torch.Tensor) -> torch.Tensor:
-    """Sum of the networks' logits (b, C), float32."""
-    return torch.stack([network.logits(images).float() for network in networks]).sum(0)
+def networks_of(saved: Mapping[str, Any]) -> list[Network]:
+    """The networks of a weights file in eval mode."""
+    networks = []
+    for state in saved["networks"]:
+        network = build_model(saved["model"], len(saved["classes"]))
+        network.load_state_dict(state)
+        networks.append(network.eval())
+    return networks

@@ -20,7 +20,8 @@ from nldist.passes.data import Data
 from nldist.passes.evaluate import EvaluationPass
 from nldist.passes.sweep import Output, Sweep
 from nldist.report import plots
-from nldist.run.directory import RunDirectory, ensemble
+from nldist.run.classifier import Classifier
+from nldist.run.directory import RunDirectory
 from nldist.train.run_pass import run_pass
 
 
@@ -76,9 +77,10 @@ def _context(config: Config, world: World, split: str) -> Context:
 
 def _logits(run: RunDirectory, weights: str, context: Context) -> Output:
     """The sum of the logits of a run's networks."""
-    classes, device = context.train.classes, context.world.device
-    networks = [network.to(device) for network in run.load_networks(weights, context.config, classes)]
-    return lambda images: ensemble(networks, images)
+    saved, root = run.load_weights(weights), context.config.data.root
+    if saved["classes"] != context.train.classes:
+        raise UserError(f"{run.path} has learnt other classes (or another order of them) than {root} has")
+    return Classifier(saved, context.config, context.world.device).logits
 
 
 class _Prediction(Sweep):

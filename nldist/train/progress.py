@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from nldist import __version__
+from nldist.data.manifest import sharded_resize
 from nldist.dist.checkpoint import Checkpoints, Position
 from nldist.errors import UserError
 from nldist.models import model_revision
@@ -98,12 +99,13 @@ class Progress:
         """Keep the weights after an epoch with this score as the last ones, and as the best if they are."""
         if not self._context.world.is_main:
             return
-        weights, name = self._method.weights(), self._context.config.model.name
+        weights, name, train = self._method.weights(), self._context.config.model.name, self._context.train
         facts = {
             "stage": self._stage,
             "model": name,
             "model_revision": model_revision(name),
-            "classes": self._context.train.classes,
+            "classes": train.classes,
+            "resize": sharded_resize(train.root, train.split),  # for images that are not sharded
             "epoch": num_epochs,
             self._method.score: score,
         }

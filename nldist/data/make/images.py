@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with more behind
 ORIENTATION = 0x0112
+JPEG_BEGIN, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 PNG_END = b"IEND\xaeB`\x82"
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG's start-of-frame markers
 HUFFMAN = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive: all but a few of the JPEGs that there are
@@ -78,6 +79,20 @@ def decoded_size(raw: bytes, limits: Limits) -> tuple[int, int]:
         return upright.height, upright.width
     height, width, _ = _as_trained(raw).shape
     return height, width
+
+
+def is_plain_jpeg(raw: bytes, limits: Limits, resize: int | None) -> bool:
+    """Whether this is a JPEG, whole to its end, that `normalise` would return as it is: told without decoding it.
+
+    Raises:
+        BadImageError: it has no readable header.
+    """
+    if raw[:2] != JPEG_BEGIN or not raw.rstrip(b"\0").endswith(JPEG_END) or len(raw) > limits.max_bytes:
+        return False
+    with _refusing(), _own_pixel_limit():
+        image = Image.open(io.BytesIO(raw), formats=("JPEG",))
+    fits = image.width * image.height <= limits.max_pixels and (resize is None or min(image.size) <= resize)
+    return fits and _is_ordinary(image, raw)
 
 
 def _decode(raw: bytes, limits: Limits) -> tuple[Image.Image, Image.Image]:

@@ -36,8 +36,10 @@ class FolderSource:
         """List all files below the class directories."""
         folders, files = self._entries()
         classes, labels = self._classes(folders)
-        left_out = _LeftOut()
-        parts = [pa.array(self._files(name, left_out), pa.large_binary()) for name in folders]
+        left_out = LeftOut()
+        root = os.fsencode(self.root)
+        walks = (files_below(os.path.join(root, os.fsencode(name)), root, left_out) for name in folders)
+        parts = [pa.array(walk, pa.large_binary()) for walk in walks]
         counts = [len(part) for part in parts]
         if self.classes is None:
             self._check_level(folders, counts)
@@ -94,21 +96,26 @@ class FolderSource:
                 f"those are the classes, give {self.root / folders[0]}; if not, list {shown(folders)} in --classes FILE"
             )
 
-    def _files(self, class_name: str, left_out: "_LeftOut") -> Iterator[bytes]:
-        def fail(error: OSError) -> None:
-            raise UserError(f"cannot list {error.filename}: {error.strerror}")
 
-        root = os.fsencode(self.root)
-        top = os.fsencode(self.root / class_name)
-        for folder, inner, names in os.walk(top, onerror=fail, followlinks=True):
-            prefix = os.path.relpath(folder, root)
-            inner[:] = [name for name in inner if not left_out.folder(folder, name, len(root))]
-            left_out.files(prefix, names)
-            yield from (os.path.join(prefix, name) for name in names)
+def files_below(top: bytes, root: bytes, left_out: "LeftOut") -> Iterator[bytes]:
+    """All files below the directory `top`, by their paths below `root`; links are followed, but not in circles.
+
+    Raises:
+        UserError: a directory cannot be listed.
+    """
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"cannot list {os.fsdecode(error.filename)}: {error.strerror}")
+
+    for folder, inner, names in os.walk(top, onerror=fail, followlinks=True):
+        prefix = os.path.relpath(folder, root)
+        inner[:] = [name for name in sorted(inner) if not left_out.folder(folder, name, len(root))]
+        left_out.files(prefix, names)
+        yield from (os.path.join(prefix, name) for name in sorted(names))
 
 
 @dataclass
-class _LeftOut:
+class LeftOut:
     """What is not listed, to be told."""
 
     clutter: list[str] = field(default_factory=list)
