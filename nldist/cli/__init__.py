@@ -16,6 +16,7 @@ COMMANDS = {
     "status": "how a run is doing",
     "evaluate": "accuracy of a run's weights on a split",
     "predict": "labels and probabilities for images",
+    "export": "a run's networks for other programs: weights for timm, an MLflow model",
     "compare": "a table of finished runs",
     "audit": "a page and tables about the labels of a run: which are probably wrong",
     "sync": "send MLflow what it missed of a run",
