@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize as resized
 
+from nldist.data.decode import DecodeError, decoded
 from nldist.data.make.images import BadImageError, Limits, is_plain_jpeg, normalise
 from nldist.data.make.keys import readable
 from nldist.data.make.sources.base import read_file
-from nldist.data.reader import DecodeError, Images, OnBad, decoded, parted, put, reduced
+from nldist.data.reader import Images, OnBad, parted, put, reduced, shrunk
 
 _LIMITS = Limits()
 WHOLE = -1  # the size of what is a file of its own
@@ -149,11 +149,9 @@ def image_of(raw: bytes, resize: int | None, max_side: int) -> Tensor:
     """
     if not is_plain_jpeg(raw, _LIMITS, resize):
         raw = normalise(raw, _LIMITS, resize).data
-    image = decoded(bytearray(raw))
-    size = reduced(np.array([image.shape[1:]]), max_side)[0].tolist()
-    if size != list(image.shape[1:]):
-        image = resized(image, size, antialias=True)
-    return image.permute(1, 2, 0)
+    image = decoded(bytearray(raw)).permute(1, 2, 0)
+    height, width = reduced(np.array([image.shape[:2]]), max_side)[0].tolist()
+    return image if (height, width) == image.shape[:2] else shrunk(image, height, width)
 
 
 def packed(

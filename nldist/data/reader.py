@@ -112,7 +112,7 @@ class Reader:
             indexed = (row.height, row.width)
             raise _BadRecordError(f"is {found} pixels (height, width), the index says {indexed}")
         pixels = image.permute(1, 2, 0)
-        return pixels if found == (height, width) else _reduced(pixels, height, width)
+        return pixels if found == (height, width) else shrunk(pixels, height, width)
 
     def _describe(self, id_: int, row: Row, reason: Exception) -> str:
         key = self.index.keys([id_])[0]
@@ -183,11 +183,11 @@ class _OpenShards:
             self._cache.closed(place)
 
 
-def _reduced(pixels: Tensor, height: int, width: int) -> Tensor:
+def shrunk(pixels: Tensor, height: int, width: int) -> Tensor:
     """uint8 (H, W, 3) to (height, width, 3), bilinear, antialiased: bit for bit as torchvision's `resize`."""
     batch = pixels[None].permute(0, 3, 1, 2)
-    reduced = F.interpolate(batch, size=(height, width), mode="bilinear", align_corners=False, antialias=True)
-    return reduced[0].permute(1, 2, 0)
+    small = F.interpolate(batch, size=(height, width), mode="bilinear", align_corners=False, antialias=True)
+    return small[0].permute(1, 2, 0)
 
 
 def parted(num_wanted: int, reasons: Mapping[int, str], on_bad: OnBad) -> tuple[np.ndarray, list[str]]:

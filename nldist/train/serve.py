@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from nldist.data.decode import DecodeError
 from nldist.data.loose import image_of, packed
 from nldist.data.make.images import BadImageError
-from nldist.data.reader import DecodeError
 from nldist.data.stream import Batch
 from nldist.run.classifier import Classifier, resize_of
 from nldist.run.directory import RunDirectory
