@@ -149,9 +149,9 @@ def image_of(raw: bytes, resize: int | None, max_side: int) -> Tensor:
     """
     if not is_plain_jpeg(raw, _LIMITS, resize):
         raw = normalise(raw, _LIMITS, resize).data
-    image = decoded(bytearray(raw)).permute(1, 2, 0)
-    height, width = reduced(np.array([image.shape[:2]]), max_side)[0].tolist()
-    return image if (height, width) == image.shape[:2] else shrunk(image, height, width)
+    pixels = decoded(bytearray(raw)).permute(1, 2, 0)
+    height, width = reduced(np.array([pixels.shape[:2]]), max_side)[0].tolist()
+    return pixels if (height, width) == pixels.shape[:2] else shrunk(pixels, height, width)
 
 
 def packed(
