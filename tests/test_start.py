@@ -79,6 +79,7 @@ def test_what_computes_nothing_does_not_import_torch() -> None:
 def test_commands_and_ranks_and_workers_import_what_all_runs_need() -> None:
     commands = [f"nldist.cli.{name.replace('-', '_')}" for name in COMMANDS]
     ranks = ["nldist.train.stages", "nldist.train.evaluate", "nldist.train.dry_run", "nldist.report.compare"]
+    ranks += ["nldist.train.predict", "nldist.train.export", "nldist.train.serve"]
     launched = ["nldist.launch.submit", "nldist.launch.job", "nldist.launch.checks", "nldist.launch.comparison"]
     methods = [f"nldist.methods.{place.split('.')[0]}" for name, place in METHODS.items() if name not in SEARCHING]
     assert slow_imports([*commands, *ranks, *launched, *methods, "nldist.data.reader"]) == {}
