@@ -103,7 +103,10 @@ def _work_directory(out: Path | None, world: World) -> Iterator[Path]:
         name = ""
         if world.is_main:
             parent, prefix = (None, "nldist-") if out is None else (out.absolute().parent, f".{out.name}.")
-            name = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=prefix))
+            try:
+                name = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=prefix))
+            except OSError as error:
+                raise UserError(f"{out or 'a temporary directory'} cannot be written: {error.strerror}") from None
         yield Path(world.broadcast_object(name))
         world.barrier()  # nobody reads there any more
 
