@@ -14,6 +14,7 @@ from nldist.files import replacing
 
 WRONG = 0.5  # a label less probable than this counts as wrong
 SURE, POSSIBLE = 0.1, 0.9  # the least and the most that may be wrong: those less probable than this
+_ROWS_PER_WRITE = 131_072
 
 
 @dataclass(frozen=True)
@@ -109,33 +110,42 @@ class Audit:
         ids: np.ndarray = self.order[np.sort(np.concatenate([np.array(places, np.int64), rest]))]
         return ids
 
-    def table(self) -> pa.Table:
-        """Every sample: key, path (of its shard), given, suggested, p_clean, margin, rank (1 = most doubtful)."""
+    def table(self, ids: np.ndarray, keys: pa.ChunkedArray) -> pa.Table:
+        """Of some samples: key, path (of its shard), given, suggested, p_clean, margin, rank (1 = most doubtful).
+
+        `keys` are those of all samples. What is not known is null.
+        """
         samples, index = self.samples, self.index
         classes = pa.array(index.classes, pa.string())
         shards = pa.array([_relative(shard, index.root) for shard in index.shards], pa.string())
+        given, suggested = samples.given[ids], samples.suggested[ids]
+        probability, margin = samples.clean_probability[ids], samples.margin[ids]
         return pa.table(
             {
-                "key": index.key_column(),
-                "path": pa.DictionaryArray.from_arrays(pa.array(np.asarray(index.shard)), shards),
-                "given": pa.DictionaryArray.from_arrays(pa.array(samples.given), classes),
-                "suggested": pa.DictionaryArray.from_arrays(
-                    pa.array(samples.suggested, mask=samples.suggested < 0), classes
-                ),
-                "p_clean": pa.array(samples.clean_probability, mask=np.isnan(samples.clean_probability)),
-                "margin": pa.array(samples.margin, mask=np.isnan(samples.margin)),
-                "rank": pa.array(self.rank, mask=np.isnan(samples.clean_probability)),
+                "key": keys.take(pa.array(ids)),
+                "path": shards.take(pa.array(index.shard[ids])),
+                "given": classes.take(pa.array(given)),
+                "suggested": classes.take(pa.array(suggested, mask=suggested < 0)),
+                "p_clean": pa.array(probability, mask=np.isnan(probability)),
+                "margin": pa.array(margin, mask=np.isnan(margin)),
+                "rank": pa.array(self.rank[ids], mask=np.isnan(probability)),
             }
         )
 
     def write_tables(self, folder: Path) -> None:
-        """Write labels.parquet and labels.csv, the most doubtful first."""
-        table = self.table()
-        table = table.take(pa.array(np.concatenate([self.order, self.unseen])))
-        with replacing(folder / "labels.parquet") as aside:
-            pq.write_table(table, aside)
-        with replacing(folder / "labels.csv") as aside:
-            pa.csv.write_csv(table, aside)
+        """Write labels.parquet and labels.csv, the most doubtful first, some rows at a time."""
+        ids, keys = np.concatenate([self.order, self.unseen]), self.index.key_column()
+        schema = self.table(ids[:0], keys).schema
+        with (
+            replacing(folder / "labels.parquet") as parquet,
+            replacing(folder / "labels.csv") as text,
+            pq.ParquetWriter(parquet, schema) as columns,
+            pa.csv.CSVWriter(text, schema) as lines,
+        ):
+            for start in range(0, len(ids), _ROWS_PER_WRITE):
+                rows = self.table(ids[start : start + _ROWS_PER_WRITE], keys)
+                columns.write_table(rows)
+                lines.write_table(rows)
 
 
 def _relative(shard: str, root: Path) -> str:
