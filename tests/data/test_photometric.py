@@ -71,12 +71,24 @@ def test_hue() -> None:
         (photometric.autocontrast, lambda image, _: tv.autocontrast(image), [0.0] * 4),
         (photometric.equalize, lambda image, _: tv.equalize(image), [0.0] * 4),
         (photometric.invert, lambda image, _: tv.invert(image), [0.0] * 3),
+        (lambda images, _: photometric.greyscale(images), lambda image, _: tv.rgb_to_grayscale(image), [0.0] * 4),
     ],
 )
 def test_integer_operations_are_exact(
     kernel: Kernel, reference: Callable[[Tensor, float], Tensor], magnitudes: list[float]
 ) -> None:
     assert compare(kernel, reference, magnitudes).max() == 0
+
+
+def test_images_of_few_colours() -> None:
+    """Where a channel has one value only, or two, there is little to stretch or to flatten."""
+    images = torch.zeros(4, 3, 20, 20, dtype=torch.uint8)
+    images[1] = 255
+    images[2, :, :7], images[2, 1, 7:] = 90, 91
+    images[3, 0], images[3, 2] = 17, photo_patches(2, 20)[1, 0]
+    unused = torch.zeros(4, dtype=torch.float64)
+    for kernel, reference in ((photometric.autocontrast, tv.autocontrast), (photometric.equalize, tv.equalize)):
+        assert torch.equal(kernel(images, unused), torch.stack([reference(image) for image in images]))
 
 
 def test_blur() -> None:
