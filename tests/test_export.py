@@ -232,3 +232,8 @@ def test_the_model_is_in_the_run_of_the_training(
     assert mlflow.MlflowClient(uri).get_run(run_id).info.status == "FINISHED", "as it was"
     done(tmp_path, "export", run_dir, tmp_path / "model")
     assert uri not in (tmp_path / "model" / "data" / "run" / "config.yaml").read_text(), "it may hold a password"
+    if store == "server":
+        server.kill()
+        ended = command(tmp_path, "export", run_dir, "--mlflow")
+        assert ended.returncode == 2
+        assert f"MLflow at {uri} did not take the model" in ended.stderr.splitlines()[-1]

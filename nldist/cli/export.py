@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nldist.cli.options import Parser
 from nldist.errors import UserError, main_guard
+from nldist.track.tracker import HTTP_SETTINGS, PRIVACY_SETTINGS
 
 
 @main_guard
@@ -28,8 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     if (options.out is None) != options.mlflow:
         raise UserError("give OUT, a new file or directory, or --mlflow")
     warnings.filterwarnings("ignore", module="mlflow")  # it warns of its own code, and wants examples for signatures
-    for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
-        os.environ[name] = "true"
+    os.environ.update({**HTTP_SETTINGS, **os.environ, **PRIVACY_SETTINGS})
     from nldist.train.export import PLAIN, export_model, export_plain, log_model
 
     if options.out is not None and options.out.suffix in PLAIN:
