@@ -98,6 +98,7 @@ def make_run(folder: Path, num_samples: int) -> Path:
     probability = np.clip(random.normal(0.7, 0.3, num_samples), 0.001, 1).astype(np.float32)
     probability[:NUM_IMAGES] = 0
     margin = random.normal(size=num_samples).astype(np.float32)
+    margin[:NUM_IMAGES] -= 20
     Samples(index.label, probability, suggested, margin, None, 1, 1).write(run, index)
     return run
 

@@ -13,6 +13,7 @@ from nldist.data.index import Index
 from nldist.errors import UserError
 from nldist.files import replacing
 
+_PRIOR = 20  # labels: a class with fewer has hardly a mean of its own
 SAMPLES_FILE = Path("tables", "samples.parquet")  # in a run directory
 
 
@@ -24,8 +25,8 @@ class Samples:
         given: int (N,), the labels that it was trained on.
         clean_probability: float32 (N,), that they are right; NaN where it does not know.
         suggested: int (N,), the class that it holds for right; -1 where it does not know.
-        margin: float32 (N,), the given class's logit by the trained networks less the greatest other one's; NaN where
-            not known: before the run's end, and in runs of nldist 0.1.
+        margin: float32 (N,), the given class's logit by the trained networks less the greatest other one's, of some views;
+            NaN where not known: before the run's end, and where the image could not be read then.
         label_set: that `given` is; None: the labels in the shards.
         num_epochs: after how many it says this.
         of_epochs: how many the run has in all.
@@ -49,11 +50,23 @@ class Samples:
     def order(self) -> np.ndarray:
         """Ids of all samples that it judges, the most doubtful label first, int64.
 
-        By their probability to be right; where that is the same, as it often is at 0 and 1, by the margin.
+        By the margin, less the mean margin of the given class (docs/audit.md); before the run's end, when margins are
+        not known, and where they are the same, by the probability to be right.
         """
-        margin = np.nan_to_num(self.margin, nan=0.0)
-        order = np.lexsort((margin, self.clean_probability))
-        return order[: np.count_nonzero(~np.isnan(self.clean_probability))]  # NaN comes last
+        judged = np.flatnonzero(~np.isnan(self.clean_probability))
+        by_margin = np.nan_to_num(self.margin[judged] - self._mean_margins()[self.given[judged]], nan=np.inf)
+        ids: np.ndarray = judged[np.lexsort((self.clean_probability[judged], by_margin))]
+        return ids
+
+    def _mean_margins(self) -> np.ndarray:
+        """Of each given class, (C,), as if it had `_PRIOR` more labels of the mean margin of all."""
+        known = ~np.isnan(self.margin)
+        given, margin = self.given[known], self.margin[known]
+        num_classes = int(self.given.max()) + 1
+        sums, counts = (np.bincount(given, weights, num_classes) for weights in (margin, None))
+        prior = margin.mean() if len(margin) else np.nan
+        means: np.ndarray = (sums + _PRIOR * prior) / (counts + _PRIOR)
+        return means
 
     def write(self, run_dir: Path, index: Index) -> None:
         """Write the file of a run on the samples of `index`: also their ids and keys; null where it does not know."""

@@ -18,6 +18,7 @@ from nldist.passes.context import Context
 from nldist.passes.method import Verdicts
 
 TAU = 0.5  # as likely right as wrong
+_NUM_RANDOM_VIEWS = 4  # of an image, at the end of a run
 Output = Callable[[Tensor], Tensor]  # of images (b, 3, h, w), in eval mode, without a gradient
 Labels = Callable[[Tensor], Tensor]  # of owned ids (b,), int64 (b,)
 
@@ -173,13 +174,17 @@ class LossSweep(Sweep):
 class ClosingSweep(Sweep):
     """What the trained networks hold of every label, at the end of a run; and the verdicts of a method that has none.
 
+    Each image is seen in its fixed view and in four of the views that were trained on: their mean is less of what was
+    learnt by heart (measured in benchmarks/README.md).
+
     Args:
         context: of the run.
         logits: of all its networks together.
         verdicts: the method's own; None: the mixture over the networks' losses is to say them.
 
     Attributes:
-        margins: float32 (owned,), the given class's logit less the greatest other one's; NaN where not seen.
+        margins: float32 (owned,), of the mean logits of all views the given class's less the greatest other one; NaN
+            where not seen.
         verdicts: the method's own, or, of the finished sweep, those of the mixture.
     """
 
@@ -199,11 +204,14 @@ class ClosingSweep(Sweep):
 
     def see(self, batch: Batch, images: Tensor) -> None:
         """See Sweep."""
-        logits, labels = self._logits(images).float(), batch.labels[:, None]
+        random = (self.context.view(batch, number, self.name) for number in range(_NUM_RANDOM_VIEWS))
+        every = torch.stack([self._logits(view).float() for view in (images, *random)])
+        logits, labels = every.mean(0), batch.labels[:, None]
+        losses = -every.log_softmax(2).mean(0).gather(1, labels)[:, 0]
         others = logits.scatter(1, labels, -torch.inf).amax(1)
         places = (batch.ids - self.context.table.owned.start).cpu().numpy()
         self.margins[places] = (logits.gather(1, labels)[:, 0] - others).cpu()
-        self._losses[places] = finite(F.cross_entropy(logits, batch.labels, reduction="none"), "the run").cpu()
+        self._losses[places] = finite(losses, "the run").cpu()
         self._predicted[places] = logits.argmax(1).cpu()
 
     def splits(self) -> dict[str, Split]:

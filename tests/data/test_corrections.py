@@ -19,10 +19,9 @@ from tests.conftest import run_tool
 
 
 def write_run(run_dir: Path, index: Index, given: np.ndarray, probability: np.ndarray, suggested: np.ndarray) -> None:
-    """Margins are noise: they decide nothing but where probabilities are the same."""
+    """A run that has not ended: probabilities alone decide."""
     (run_dir / "tables").mkdir(parents=True)
-    margin = np.random.default_rng(0).normal(size=len(index)).astype(np.float32)
-    Samples(given, probability, suggested, margin, "sym50", 3, 3).write(run_dir, index)
+    Samples(given, probability, suggested, np.full(len(index), np.nan), "sym50", 2, 3).write(run_dir, index)
 
 
 @pytest.fixture

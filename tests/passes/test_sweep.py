@@ -54,8 +54,13 @@ def test_a_method_without_an_opinion_is_judged_by_its_losses_on_any_number_of_ra
     method.engines[0].model.load_state_dict(trained)
     context = method.context
     batches = [step["all"] for step in context.stream("train", context.sweep(1437))]
-    logits = torch.cat([method.logits(context.fixed_view(batch)) for batch in batches])
-    losses = F.cross_entropy(logits, torch.from_numpy(context.labels).long(), reduction="none").numpy()
+    views = [[context.fixed_view(batch) for batch in batches]]
+    views += [[context.view(batch, number, "verdicts") for batch in batches] for number in range(4)]
+    every = torch.stack([torch.cat([method.logits(images) for images in view]) for view in views])
+    labels = torch.from_numpy(context.labels).long()
+    losses = np.mean([F.cross_entropy(logits, labels, reduction="none").numpy() for logits in every], axis=0)
+    logits = every.mean(0)
+    assert len({tuple(row) for row in every[:, 0].tolist()}) == 5, "views differ"
     assert context.clean is not None
     correct = context.clean == context.labels
     others = [np.delete(row, label).max() for row, label in zip(logits.numpy(), context.labels, strict=True)]

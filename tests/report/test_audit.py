@@ -1,5 +1,6 @@
 """What the audit says of labels, against plain counting; duplicates against pixels."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +33,30 @@ def samples(index: Index) -> Samples:
     return Samples(index.label, probability, suggested, margin, None, 4, 4)
 
 
-def test_the_order_is_by_probability_then_margin(samples: Samples) -> None:
-    seen = [id_ for id_ in range(N) if id_ not in (7, 20, 41)]
-    wanted = sorted(seen, key=lambda id_: (samples.clean_probability[id_], samples.margin[id_]))
-    assert samples.order().tolist() == wanted
+SEEN = [id_ for id_ in range(N) if id_ not in (7, 20, 41)]
+
+
+def test_the_order_is_by_the_margin_less_its_class_s_mean(samples: Samples) -> None:
+    """Of a class with few labels the mean is mostly that of all."""
+    overall = np.mean([samples.margin[id_] for id_ in SEEN])
+
+    def relative(id_: int) -> float:
+        own = [float(samples.margin[other]) for other in SEEN if samples.given[other] == samples.given[id_]]
+        return float(samples.margin[id_] - (sum(own) + 20 * overall) / (len(own) + 20))
+
+    assert samples.order().tolist() == sorted(SEEN, key=relative)
+
+
+def test_before_the_end_the_order_is_by_probability(samples: Samples) -> None:
+    nothing = np.full(N, np.nan, np.float32)
+    going_on = replace(samples, margin=nothing)
+    assert going_on.order().tolist() == sorted(SEEN, key=lambda id_: float(samples.clean_probability[id_]))
+
+
+def test_an_image_that_could_not_be_read_at_the_end_comes_last(samples: Samples) -> None:
+    samples.margin[SEEN[0]] = np.nan
+    assert samples.order().tolist()[-1] == SEEN[0]
+    assert len(samples.order()) == len(SEEN)
 
 
 def test_counts_are_those_of_plain_counting(samples: Samples, index: Index) -> None:
