@@ -25,8 +25,8 @@ class Samples:
         given: int (N,), the labels that it was trained on.
         clean_probability: float32 (N,), that they are right; NaN where it does not know.
         suggested: int (N,), the class that it holds for right; -1 where it does not know.
-        margin: float32 (N,), the given class's logit by the trained networks less the greatest other one's, of some views;
-            NaN where not known: before the run's end, and where the image could not be read then.
+        margin: float32 (N,), the given class's logit by the trained networks less the greatest other one's, over some
+            views; NaN where not known: before the run's end, and where the image could not be read then.
         label_set: that `given` is; None: the labels in the shards.
         num_epochs: after how many it says this.
         of_epochs: how many the run has in all.
