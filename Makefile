@@ -25,8 +25,9 @@ demo: setup
 	@echo; echo "Digits, 80 % of the labels drawn at random, $(RANKS) ranks:"; echo
 	$(BIN)/nldist compare configs/demo.yaml run.dir=$(DEMO) --methods cross_entropy,dividemix,scanmix \
 	    --cluster local --tasks-per-node $(RANKS)
+	@echo; echo "The labels, as ScanMix sees them:"; $(BIN)/nldist audit $(DEMO)/scanmix-0
 	@echo; echo "Plots:"; ls $(DEMO)/*.png $(DEMO)/*/plots/*.png $(DEMO)/stages/*/plots/*.png
-	@echo; echo "Which labels are wrong: $(DEMO)/scanmix-0/tables/samples.parquet"
+	@echo; echo "Which labels are wrong: $(DEMO)/scanmix-0/audit/index.html (open it in a browser)"
 	@echo "To look at all runs:    $(BIN)/mlflow ui --backend-store-uri sqlite:///$(DEMO)/mlflow.db"
 
 # Many tests wait for processes that start or time out; two at a time use that.

@@ -56,6 +56,7 @@ def test_the_demo_s_commands_work_from_the_wheel(installed: Run) -> None:
     table = installed("compare", "runs/demo/cross_entropy", "--out", ".")
     assert table.splitlines()[1].split()[0] == "cross_entropy"
     assert "done" in installed("status", "runs/demo/cross_entropy")
+    assert "labels are probably wrong" in installed("audit", "runs/demo/cross_entropy"), "its templates are there"
 
 
 def test_configurations_come_with_it(installed: Run) -> None:
