@@ -22,6 +22,7 @@ from nldist.run.directory import RunDirectory
 from tests.browser import Opened, browser, needs_browser, opened
 from tests.conftest import run_tool
 from tests.jobs import DIGITS, run_job
+from tests.mlflow_server import client
 
 HOSTILE = [
     "</script><script>document.title='ran'</script>",
@@ -87,7 +88,7 @@ def page(chromium: Any, hostile: Path) -> Iterator[Opened]:
 def test_a_finished_run_is_reported(digits: Path, tmp_path: Path) -> None:
     """Of a method without an opinion of its own, through a process as a user starts it."""
     run_dir = tmp_path / "run"
-    settings = (f"data.root={digits}", "method.name=cross_entropy", "train.epochs=3")
+    settings = (f"data.root={digits}", "method.name=cross_entropy", "train.epochs=3", "track.enabled=true")
     assert run_job(run_dir, *settings) == [0]
     command = [sys.executable, "-m", "nldist.cli", "audit", str(run_dir)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -99,6 +100,10 @@ def test_a_finished_run_is_reported(digits: Path, tmp_path: Path) -> None:
     first = table["key"][: len(wrong)]
     assert np.mean([key in wrong for key in first]) > 0.7, "the most doubtful are mostly wrong"
     assert "1,437 labels are probably wrong" in done.stdout
+    store = client(f"sqlite:///{tmp_path}/mlflow.db")
+    (sent,) = store.search_runs([store.get_experiment_by_name("nldist").experiment_id])
+    artifacts = {artifact.path for artifact in store.list_artifacts(sent.info.run_id, "audit")}
+    assert artifacts == {f"audit/{name}" for name in ("index.html", "labels.csv", "labels.parquet", "duplicates.csv")}
     assert json.loads(data_of(run_dir / "audit" / "index.html"))["items"][0]["key"] == first[0]
 
 

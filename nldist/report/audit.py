@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from nldist.data.cache import is_url
 from nldist.data.index import Index
 from nldist.data.samples import Samples
 from nldist.files import replacing
@@ -64,7 +66,8 @@ class Audit:
         self.rank[self.order] = np.arange(1, len(self.order) + 1)
         self.unseen = np.flatnonzero(np.isnan(samples.clean_probability))
         with np.errstate(invalid="ignore"):
-            self.wrong = (samples.clean_probability < WRONG) & (samples.suggested != samples.given)
+            doubtful = samples.clean_probability < WRONG
+        self.wrong = doubtful & (samples.suggested != samples.given) & (samples.suggested >= 0)
 
     def total(self) -> Count:
         """Over all classes."""
@@ -149,5 +152,8 @@ class Audit:
 
 
 def _relative(shard: str, root: Path) -> str:
-    """A shard's place in its data set; as it is where it lies elsewhere."""
+    """A shard's place in its data set; of one that lies elsewhere its own, of a URL without user, password, query."""
+    if is_url(shard):
+        parts = urlsplit(shard)
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
     return str(Path(shard).relative_to(root)) if Path(shard).is_relative_to(root) else shard

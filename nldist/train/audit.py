@@ -34,7 +34,7 @@ _MAX_PAIRS = 5000  # of nearest neighbours that are compared pixel by pixel
 def audit(run_dir: Path, out: Path | None, num_images: int, overrides: Sequence[str]) -> Iterator[str]:
     """Write the report of a run, finished or not, into `out` (None: RUN/audit); yields lines about it.
 
-    MLflow gets it, too, where a run that has ended was tracked and the report lies in its directory.
+    MLflow gets it, too, where a run that has ended was tracked.
 
     Raises:
         UserError: the run has said nothing about labels yet, its data set is not there, or `out` cannot be written.

@@ -113,6 +113,12 @@ def test_tables_hold_every_sample_the_most_doubtful_first(samples: Samples, inde
     assert text["margin"][:5] == pytest.approx(table["margin"][:5])
 
 
+def test_secrets_of_a_shard_s_url_are_in_no_table(samples: Samples, index: Index) -> None:
+    index.shards = ["https://me:secret@store.example:9000/b/train-0.tar?X-Signature=secret", "/elsewhere/train-1.tar"]
+    paths = set(Audit(samples, index).table(np.arange(N), index.key_column())["path"].to_pylist())
+    assert paths == {"https://store.example:9000/b/train-0.tar", "/elsewhere/train-1.tar"}
+
+
 def test_no_label_is_known_before_the_first_opinion(index: Index) -> None:
     nothing = np.full(N, np.nan, np.float32)
     audit = Audit(Samples(index.label, nothing, np.full(N, -1), nothing, None, 1, 4), index)
