@@ -55,6 +55,8 @@ class Command:
 
 def _run(main: Callable[[list[str]], int], arguments: list[str], out: Path, err: Path, env: dict[str, str]) -> None:
     os.setsid()
+    # Ctrl-C is ignored in what a shell has started in the background, such as these tests.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.clear()
