@@ -5,20 +5,24 @@ Examples:
     nldist shard csv raw/noisy.csv data/shop --split train --root raw --path-column file
     nldist shard cifar raw/cifar-10-batches-py data/cifar10
     nldist shard digits data/digits
+    nldist shard clothing1m raw/clothing1m data/clothing1m --resize 256
+    nldist shard webvision raw/webvision data/webvision50 --classes 50 --part google --resize 256
+    nldist shard ilsvrc12 raw/imagenet data/webvision50 --resize 256
+    nldist shard animal10n raw/animal10n data/animal10n
     nldist shard webdataset 'elsewhere/train-{000..099}.tar' data/theirs --split train
 """
 
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from nldist.cli.options import Parser
+from nldist.cli.published import PUBLISHED, add_published
 from nldist.data.make.finish import Summary
 from nldist.data.make.images import Limits
 from nldist.data.make.meaning import READINGS
-from nldist.data.make.sources import cifar, digits
 from nldist.data.make.sources.base import Source, read_class_names
 from nldist.data.make.sources.csv import CsvSource
 from nldist.data.make.sources.folder import FolderSource
@@ -44,11 +48,9 @@ def _runs(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], Summary
     if arguments.layout == "webdataset":
         options = _index_options(arguments)
         return [(arguments.split, lambda: index_tars(arguments.tars, arguments.out, arguments.split, options))]
-    sources: dict[str, Source]
-    if arguments.layout == "cifar":
-        sources = {split: cifar.CifarSource(arguments.directory, split) for split in cifar.SPLITS}
-    elif arguments.layout == "digits":
-        sources = {split: digits.DigitsSource(split) for split in digits.SPLITS}
+    sources: Mapping[str, Source]
+    if arguments.layout in PUBLISHED:
+        sources = PUBLISHED[arguments.layout].sources(arguments)
     elif arguments.layout == "csv":
         sources = {arguments.split: _csv_source(arguments)}
     else:
@@ -139,11 +141,7 @@ def _parser() -> Parser:
     table.add_argument("--root", type=Path, help="what the paths are relative to (default: the table's directory)")
     table.add_argument("--path-column", default="path")
     table.add_argument("--label-column", default="label", help="class names, or class indices from 0")
-    batches = layouts.add_parser(
-        "cifar", parents=[writing, general], help="CIFAR-10 or CIFAR-100 (fine labels), Python distribution"
-    )
-    batches.add_argument("directory", type=Path)
-    layouts.add_parser("digits", parents=[writing, general], help="scikit-learn's 1,797 digits of 8x8 pixels")
+    add_published(layouts, [writing, general])
     tars = layouts.add_parser(
         "webdataset",
         parents=[split, classes, labels, general],

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import tarfile
+import textwrap
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from nldist.data.index import Index
+from nldist.data.labels import CLEAN, transition_table, write_label_set
 from nldist.data.make.build import Build
 from nldist.data.make.finish import Record, Rejected, ShardFacts, Summary, finish
 from nldist.data.make.images import BadImageError, Encoded, Limits, normalise
@@ -23,6 +26,9 @@ from nldist.data.make.parallel import run_jobs
 from nldist.data.make.sources.base import Listing, Source
 from nldist.data.manifest import writing
 from nldist.errors import UserError
+
+COLUMNS = ("path", "key", "label")
+"""What of a listing a shard is made of."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +71,28 @@ def write_split(source: Source, root: Path, split: str, options: WriteOptions) -
     listing = source.listing()
     table = _with_keys(_sorted(listing))
     with build.claimed():
-        if not build.begin(_plan(source, table, listing.classes, options), listing.classes):
-            return build.complete_summary()
-        num_shards = _write_shards(source, build, table, options)
-        summary = finish(root, split, build.shards(num_shards), listing.classes, options.name, options.on_bad)
-        build.clear()
-    summary.notes[:0] = listing.notes
+        if build.begin(_plan(source, table, listing.classes, options), listing.classes):
+            num_shards = _write_shards(source, build, table, options)
+            summary = finish(root, split, build.shards(num_shards), listing.classes, options.name, options.on_bad)
+            build.clear()
+            summary.notes[:0] = listing.notes
+        else:
+            summary = build.complete_summary()
+        if CLEAN in table.column_names:  # also if it was complete: a kill may have left it without
+            summary.notes.append(_write_clean(root, split, table))
     return summary
+
+
+def _write_clean(root: Path, split: str, table: pa.Table) -> str:
+    """Write the column clean as a label set, and say how the given labels differ from it."""
+    index = Index.open(root, split)
+    rows = pc.index_in(index.key_column().cast(pa.large_string()), value_set=table["key"])
+    clean = table[CLEAN].take(rows).to_numpy()
+    write_label_set(root, split, CLEAN, clean)
+    num_wrong = np.count_nonzero(index.label != clean)
+    share = 100 * num_wrong / len(index)
+    matrix = textwrap.indent(transition_table(clean, index.label, index.classes), "  ")
+    return f"label set {CLEAN}: {num_wrong:,} of {len(index):,} given labels ({share:.2f} %) differ from it\n{matrix}"
 
 
 def _write_shards(source: Source, build: Build, table: pa.Table, options: WriteOptions) -> int:
@@ -83,7 +104,7 @@ def _write_shards(source: Source, build: Build, table: pa.Table, options: WriteO
     def jobs() -> Iterator[ShardJob]:
         for number in todo:
             rows = order[number * options.shard_size : (number + 1) * options.shard_size]
-            yield ShardJob(number, table.take(rows))
+            yield ShardJob(number, table.select(COLUMNS).take(rows))
 
     work = partial(write_shard, source, build, options.limits, options.resize)
     num_left = sum(min(options.shard_size, table.num_rows - number * options.shard_size) for number in todo)
@@ -174,7 +195,7 @@ def _sorted(listing: Listing) -> pa.Table:
 def _with_keys(table: pa.Table) -> pa.Table:
     """Insert the column key between path and label."""
     keys = keys_of(table["path"].combine_chunks())
-    return table.select(["path"]).append_column("key", keys).append_column("label", table["label"])
+    return table.add_column(1, "key", keys)
 
 
 def _plan(source: Source, table: pa.Table, classes: list[str], options: WriteOptions) -> dict[str, object]:

@@ -22,8 +22,9 @@ SYSTEM_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}
 class Listing:
     """All images of a split: `table` has columns path (large_binary) and label (int32), in any order.
 
-    Arrow columns, because millions of Python strings would take gigabytes. `classes` names the labels. `notes` say
-    what was left out.
+    A column clean (int32), if there is one, has the true labels, which become the label set of this name. The columns
+    are Arrow's, because millions of Python strings would take gigabytes. `classes` names the labels. `notes` say what
+    was left out.
     """
 
     table: pa.Table
@@ -32,13 +33,20 @@ class Listing:
 
     @classmethod
     def of(
-        cls, paths: Iterable[bytes] | pa.Array, labels: np.ndarray, classes: list[str], notes: Iterable[str] = ()
+        cls,
+        paths: Iterable[bytes] | pa.Array,
+        labels: np.ndarray,
+        classes: list[str],
+        notes: Iterable[str] = (),
+        clean: np.ndarray | None = None,
     ) -> "Listing":
-        """Build a listing from paths (file-system bytes) and labels (N,)."""
+        """Build a listing from paths (file-system bytes) and labels (N,), and the true ones if they are known (N,)."""
         columns = {
             "path": pa.array(paths, pa.large_binary()),
             "label": pa.array(labels.astype(np.int32), pa.int32()),
         }
+        if clean is not None:
+            columns["clean"] = pa.array(clean.astype(np.int32), pa.int32())
         return cls(pa.table(columns), classes, list(notes))
 
 

@@ -1,7 +1,5 @@
 """CIFAR-10 and CIFAR-100 in the Python distribution, whose pickles are read without running them as code."""
 
-import pickle
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -9,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from nldist.data.make.pickles import load_data
 from nldist.data.make.sources.base import Listing
 from nldist.errors import UserError
 
@@ -22,6 +21,10 @@ class _Layout(NamedTuple):
     files: dict[str, list[str]]  # of each split
 
 
+LAYOUT = (
+    "CIFAR-10: batches.meta, data_batch_1 to data_batch_5, test_batch",
+    "CIFAR-100: meta, train, test",
+)
 LAYOUTS = (
     _Layout(
         "batches.meta",
@@ -76,29 +79,9 @@ class CifarSource:
         return found[0]
 
 
-class _DataUnpickler(pickle.Unpickler):
-    """Builds plain containers and numpy arrays, and refuses to look up anything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = _ALLOWED.get((module.replace("numpy._core.", "numpy.core."), name))
-        if found is None:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file needs")
-        return found
-
-
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    # Protocol 2 of Python 3 writes bytes as a call of _codecs.encode with this encoding, and no other.
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in the encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-_ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],  # type: ignore[dict-item]
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): _encode_latin1,
-}
+def sources(directory: Path) -> dict[str, CifarSource]:
+    """Both splits."""
+    return {split: CifarSource(directory, split) for split in SPLITS}
 
 
 @cache
@@ -106,7 +89,7 @@ def _load(path: Path) -> dict[str, Any]:
     """The dictionary in a batch file. Cached: each process reads a file once (30 MB a batch)."""
     try:
         with path.open("rb") as file:
-            content = _DataUnpickler(file, encoding="latin1").load()
+            content = load_data(file)
     except Exception as error:  # a damaged pickle can raise almost anything
         raise UserError(f"{path} is no CIFAR file: {error}") from None
     if not isinstance(content, dict):

@@ -33,6 +33,11 @@ class DigitsSource:
         return np.asarray(_digits()[0][int(path)])
 
 
+def sources() -> dict[str, DigitsSource]:
+    """Both splits."""
+    return {split: DigitsSource(split) for split in SPLITS}
+
+
 @cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 (1797, 8, 8), scaled from 0..16 to 0..255, and labels (1797,)."""
