@@ -1,8 +1,9 @@
-"""Add a label set to a data set: a noise model's labels, those of a table, or labels put right. No image is changed.
+"""Add a label set to a data set: a noise model's labels, those of a file, or labels put right. No image is changed.
 
 nldist noise DATASET --model symmetric --rate 0.5 --seed 1 --name sym50
 nldist noise DATASET --model semantic --run runs/weak --name semantic
 nldist noise DATASET --csv cifar10n_labels.csv --label-column worst --name worst
+nldist noise DATASET --human CIFAR-10_human.pt --name worst
 nldist noise DATASET --from-run runs/mine --below 0.3 --marks marks.csv --name corrected --export corrected.csv
 nldist noise DATASET --name corrected --export corrected.csv   (a label set that is there)
 """
@@ -15,6 +16,7 @@ import numpy as np
 
 from nldist.cli.options import Parser
 from nldist.data.corrections import apply_marks, corrected, export
+from nldist.data.human import human_labels
 from nldist.data.index import Index
 from nldist.data.labels import (
     CLEAN,
@@ -42,6 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     origin = parser.add_mutually_exclusive_group()
     origin.add_argument("--model", help=f"noise model: {', '.join([*NOISE_MODELS, SEMANTIC])}")
     origin.add_argument("--csv", help="table with a header, a path and a label (class name or id) per row")
+    origin.add_argument("--human", type=Path, metavar="FILE", help="CIFAR-10N's or CIFAR-100N's .pt or .npy file")
     origin.add_argument("--from-run", type=Path, metavar="RUN", help="its labels, put right where it doubts them")
     parser.add_argument(
         "--below", type=float, help="with --from-run: replace labels less probable than this (default 0.5)"
@@ -60,7 +63,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", choices=("last", "best"), default="last", help="with --run (default last)")
     parser.add_argument("--seed", type=int, default=0, help="with --model (default 0)")
     parser.add_argument("--path-column", default="path", help="with --csv (default: path)")
-    parser.add_argument("--label-column", default="label", help="with --csv (default: label)")
+    parser.add_argument(
+        "--label-column", help="with --csv (default: label), or --human (default: what --name says, such as worst)"
+    )
     parser.add_argument("--labels", choices=READINGS, help="with --csv: what numbers are, where they could be both")
     return parser.parse_args(argv)
 
@@ -96,7 +101,8 @@ def semantic(index: Index, args: argparse.Namespace) -> np.ndarray:
 
 def from_csv(index: Index, args: argparse.Namespace) -> np.ndarray:
     """Labels that a table gives."""
-    labels, num_ignored = labels_from_csv(index, args.csv, args.path_column, args.label_column, args.labels)
+    column = args.label_column or "label"
+    labels, num_ignored = labels_from_csv(index, args.csv, args.path_column, column, args.labels)
     if num_ignored:
         print(f"{num_ignored} rows of {args.csv} are about images that the data set does not have: ignored")
     return labels
@@ -128,7 +134,7 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not (args.from_run and 0 <= value <= 1):
             raise UserError(f"--{name.replace('_', '-')} is a number in [0, 1] for --from-run, not {value}")
-    if args.marks is not None and (args.model or args.csv):
+    if args.marks is not None and (args.model or args.csv or args.human):
         raise UserError("--marks is for --from-run, or stands alone: its marks are about labels that were given")
     if args.rate is not None and not args.model:
         raise UserError("--rate is for --model; with --from-run say --at-most-rate")
@@ -171,9 +177,11 @@ def main(argv: list[str] | None = None) -> None:
     index = Index.open(args.dataset, args.split, args.labels_dir, args.labels_dir)
     root = args.labels_dir or index.root
     check(args)
-    if not (args.model or args.csv or args.from_run or args.marks):
+    if not (args.model or args.csv or args.human or args.from_run or args.marks):
         if args.export is None:
-            raise UserError("give --model, --csv, --from-run, --marks, or --export for a label set that is there")
+            raise UserError(
+                "give --model, --csv, --human, --from-run, --marks, or --export for a label set that is there"
+            )
         write_export(index, index.labels(args.name), args.export)
         return
     origin: dict[str, Any] = {}
@@ -181,6 +189,8 @@ def main(argv: list[str] | None = None) -> None:
         labels = from_model(index, args)
     elif args.csv:
         labels = from_csv(index, args)
+    elif args.human:
+        labels = human_labels(index, args.human, args.label_column or args.name)
     else:
         labels, origin = from_run(index, args)
     if Place.find().rank:
@@ -188,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.labels_dir and label_set_path(index.root, args.split, args.name).exists():
         raise UserError(f"{args.dataset} has a label set {args.name!r} of its own: choose another name")
     path = write_label_set(root, args.split, args.name, labels, origin)
-    if args.model:
+    if args.model or args.human:
         record_clean(index, root)
     report(index, args.name, labels)
     print(f"written to {path}")

@@ -122,7 +122,7 @@ def test_missing_and_broken_images_are_listed(tmp_path: Path) -> None:
         (["noisy_label_kv.txt"], ["lacks noisy_label_kv.txt (there"]),
         (["clean_val_key_list.txt", "category_names_eng.txt"], ["lacks clean_val_key_list.txt, category_names"]),
         (["images"], ["lacks images/0 to images/9 (there are archives to unpack: '0.tar')"]),
-        (["images/4"], ["raw lacks 1 of the 10 directories", "'images/4/24'", "--on-bad skip"]),
+        (["images/4"], ["raw lacks 1 of the 10 directories", "'images/4/24/'", "--on-bad skip"]),
     ],
 )
 def test_a_partial_directory_is_told_by_what_is_missing(tmp_path: Path, lost: list[str], words: list[str]) -> None:

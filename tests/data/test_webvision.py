@@ -77,7 +77,7 @@ def test_a_missing_directory_of_other_classes_is_no_matter(tmp_path: Path) -> No
     raw = webvision(tmp_path / "raw")
     shutil.rmtree(raw / "google/q0004")
     error = shard(raw, tmp_path / "all").error
-    assert "raw lacks 1 of the 8 directories that its lists name, such as 'google/q0004'" in error
+    assert "raw lacks 1 of the 8 directories that its lists name, such as 'google/q0004/'" in error
     sharded(raw, tmp_path / "out", "--classes", 3)
     assert len(label_names(tmp_path / "out")) == 18
 

@@ -63,7 +63,7 @@ class AnimalBatches:
         """List the records of all files."""
         paths, labels = [], []
         for file in self.files:
-            records = _records(file)
+            records = _mapped(file)
             # The reader that the authors published takes labels for big-endian; a label is one byte in either order.
             labels.append(records["label"].sum(1, dtype=np.int32))
             if labels[-1].max(initial=0) >= len(CLASSES):
@@ -103,7 +103,11 @@ def _number(file: Path) -> int:
 
 @cache
 def _records(file: Path) -> np.ndarray:
-    """The records of a file, mapped."""
+    """The records of a file, mapped once in each process."""
+    return _mapped(file)
+
+
+def _mapped(file: Path) -> np.ndarray:
     size = file.stat().st_size
     if size == 0 or size % _RECORD.itemsize:
         raise UserError(f"{file} is no file of Animal-10N: {size:,} bytes are no multiple of {_RECORD.itemsize:,}")

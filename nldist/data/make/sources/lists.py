@@ -15,7 +15,6 @@ from nldist.errors import UserError
 NO_LABEL = -1
 ARCHIVES = (".tar", ".zip", ".tar.gz", ".tgz")
 
-_LINE = r"^\s*(?P<path>\S.*?)(?:\s+(?P<label>[0-9]{1,9}))?\s*$"
 _FEW = 0.01  # share of the labels whose lack is an oversight of the publishers, and not a damaged file
 
 
@@ -28,19 +27,31 @@ def read_list(file: Path) -> tuple[pa.Array, np.ndarray]:
     Raises:
         UserError: the file cannot be read, or is empty.
     """
+    parts = []
     try:
-        lines = pa.csv.read_csv(
+        with pa.csv.open_csv(
             file,
             read_options=pa.csv.ReadOptions(column_names=["line"]),
             parse_options=pa.csv.ParseOptions(delimiter="\x01", quote_char=False),  # a line is one column
-            convert_options=pa.csv.ConvertOptions(column_types={"line": pa.large_binary()}),
-        )["line"]
+            convert_options=pa.csv.ConvertOptions(column_types={"line": pa.large_string()}),
+        ) as batches:
+            parts += [_parts(pc.utf8_trim_whitespace(batch["line"])) for batch in batches]
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"cannot read {file}: {' '.join(str(error).split())}") from None
-    parts = pc.extract_regex(lines, _LINE).combine_chunks().drop_null()
-    paths, labels = parts.field("path"), parts.field("label").cast(pa.large_string())
-    numbers = pc.if_else(pc.equal(labels, ""), str(NO_LABEL), labels).cast(pa.int32())
-    return paths, numbers.to_numpy()
+    paths = pa.concat_arrays([path for path, _ in parts])
+    return paths, np.concatenate([label for _, label in parts])
+
+
+def _parts(lines: pa.Array) -> tuple[pa.Array, np.ndarray]:
+    """The paths and labels of lines without blanks around them."""
+    lines = lines.filter(pc.not_equal(lines, ""))
+    words = pc.utf8_split_whitespace(lines, max_splits=1, reverse=True)
+    ends = words.offsets.to_numpy()
+    last = words.values.take(pa.array(ends[1:] - 1))
+    has_label = pc.and_(pa.array(np.diff(ends) == 2), pc.match_substring_regex(last, "^[0-9]{1,9}$"))
+    before = pc.utf8_rtrim_whitespace(words.values.take(pa.array(ends[:-1])))
+    labels = pc.if_else(has_label, last, str(NO_LABEL)).cast(pa.int32()).to_numpy()
+    return pc.if_else(has_label, before, lines).cast(pa.large_binary()), labels
 
 
 def labels_of(keys: pa.Array, paths: pa.Array, labels: np.ndarray) -> np.ndarray:
@@ -51,13 +62,16 @@ def labels_of(keys: pa.Array, paths: pa.Array, labels: np.ndarray) -> np.ndarray
 
 def once(paths: pa.Array, labels: np.ndarray, place: str) -> tuple[pa.Array, np.ndarray, list[str]]:
     """Paths and labels without those that are listed again, and a note about these; a path's first label counts."""
-    table = pa.table({"path": paths, "label": labels, "row": np.arange(len(labels))})
-    groups = table.group_by("path").aggregate([("row", "min"), ("label", "min"), ("label", "max")])
-    if groups.num_rows == len(labels):
+    order = pc.sort_indices(paths)  # stable: the first of equal ones is the first listed
+    ordered = paths.take(order)
+    is_again = np.zeros(len(paths), bool)
+    is_again[1:] = pc.equal(ordered[1:], ordered[:-1]).to_numpy(zero_copy_only=False)
+    if not is_again.any():
         return paths, labels, []
-    rows = np.sort(groups["row_min"].to_numpy())
-    again = np.setdiff1d(np.arange(len(labels)), rows)
-    num_apart = pc.sum(pc.not_equal(groups["label_min"], groups["label_max"])).as_py()
+    order = order.to_numpy()
+    first = np.maximum.accumulate(np.where(is_again, 0, np.arange(len(paths))))
+    num_apart = np.count_nonzero(labels[order] != labels[order[first]])
+    again, rows = np.sort(order[is_again]), np.sort(order[~is_again])
     note = f"{len(again):,} images are listed again in {place} and count once: {_some(paths.take(again))}"
     if num_apart:
         note += f"; {num_apart:,} of them with another label, of which the first counts"
@@ -85,8 +99,8 @@ def check_folders(root: Path, paths: pa.Array, place: Callable[[bytes], Path], i
 
     `place` says where a listed path lies. Single files that are missing are bad images, found when they are read.
     """
-    folders = pc.unique(pc.extract_regex(paths, r"^(?P<folder>.*)/").field("folder").drop_null()).to_pylist()
-    missing = [os.fsdecode(folder) for folder in folders if not place(folder + b"/").is_dir()]
+    folders = pc.unique(pc.replace_substring_regex(paths, "[^/]*$", "")).to_pylist()
+    missing = [os.fsdecode(folder) for folder in folders if not place(folder).is_dir()]
     if missing and not is_partial:
         raise UserError(
             f"{root} lacks {len(missing):,} of the {len(folders):,} directories that its lists name, such as "
