@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from nldist.config.file import load_config
 from nldist.data.index import Index
@@ -171,3 +172,14 @@ def test_its_configurations_open_it(tmp_path: Path, name: str) -> None:
     both = Data.open(config.data.model_copy(update={"train_split": "both"}))
     assert both.clean is not None
     assert (both.clean != both.labels).sum() == 10
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "I;16"])
+def test_what_only_bears_the_name_of_a_jpeg_is_written_as_what_it_is(tmp_path: Path, mode: str) -> None:
+    raw = clothing1m(tmp_path / "raw")
+    kind = {"L": "JPEG", "CMYK": "JPEG", "P": "GIF"}.get(mode, "PNG")
+    for key in clothing_keys("val")[:2]:
+        Image.new(mode, (9, 7)).save(raw / key, kind)
+    sharded(raw, tmp_path / "out")
+    assert sorted(label_names(tmp_path / "out", "val")) == sorted(keys("val"))
+    assert nldist("verify", tmp_path / "out", "--workers", 0).code == 0
