@@ -183,3 +183,34 @@ def test_what_only_bears_the_name_of_a_jpeg_is_written_as_what_it_is(tmp_path: P
     sharded(raw, tmp_path / "out")
     assert sorted(label_names(tmp_path / "out", "val")) == sorted(keys("val"))
     assert nldist("verify", tmp_path / "out", "--workers", 0).code == 0
+
+
+def test_a_label_file_that_names_an_image_twice(tmp_path: Path) -> None:
+    raw = clothing1m(tmp_path / "raw")
+    with (raw / "clean_label_kv.txt").open("a") as file:
+        file.write(f"{clothing_keys('val')[0]} 0\n")
+    printed = sharded(raw, tmp_path / "out")
+    assert label_names(tmp_path / "out", "val")[keys("val")[0]] == CLOTHES[12]
+    assert "1 images are listed again in clean_label_kv.txt and count once" in printed
+    assert "1 of them with another label" in printed
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\r\n", b"images/\xff/1,2.jpg\n"])
+def test_a_list_that_cannot_be_read(tmp_path: Path, content: bytes) -> None:
+    raw = clothing1m(tmp_path / "raw")
+    (raw / "clean_val_key_list.txt").write_bytes(content)
+    assert "clean_val_key_list.txt" in shard(raw, tmp_path / "out").error
+
+
+def test_a_list_with_a_byte_order_mark_and_no_line_end(tmp_path: Path) -> None:
+    raw = clothing1m(tmp_path / "raw")
+    (raw / "clean_val_key_list.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(clothing_keys("val")).encode())
+    sharded(raw, tmp_path / "out")
+    assert sorted(label_names(tmp_path / "out", "val")) == sorted(keys("val"))
+
+
+def test_without_images_that_have_both_labels(tmp_path: Path) -> None:
+    raw = clothing1m(tmp_path / "raw")
+    lines(raw / "noisy_label_kv.txt", (raw / "noisy_label_kv.txt").read_text().splitlines()[:40])
+    done = shard(raw, tmp_path / "out")
+    assert "no image of the clean lists" in done.error

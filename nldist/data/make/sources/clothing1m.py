@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from nldist.data.make.sources.base import Listing, read_class_names, read_file
 from nldist.data.make.sources.lists import check_folders, labelled, labels_of, lacks, once, read_list
+from nldist.errors import UserError
 
 NAMES = "category_names_eng.txt"
 NOISY, CLEAN = "noisy_label_kv.txt", "clean_label_kv.txt"
@@ -53,9 +54,8 @@ class Clothing1mSource:
         if self.split == BOTH:
             return self._both(classes)
         kind = NOISY if self.split == "train" else CLEAN
-        paths, _ = read_list(self.lists / KEYS[self.split])
-        labels = labels_of(paths, *read_list(self.lists / kind))
-        paths, labels, notes = once(paths, labels, KEYS[self.split])
+        paths, _, notes = once(*read_list(self.lists / KEYS[self.split]), KEYS[self.split])
+        labels = self._labels(kind, paths, notes)
         has_label, more = labelled(paths, labels, kind)
         paths, labels = paths.filter(pa.array(has_label)), labels[has_label]
         check_folders(self.root, paths, self._place, self.is_partial)
@@ -71,11 +71,20 @@ class Clothing1mSource:
     def _both(self, classes: list[str]) -> Listing:
         lists = [read_list(self.lists / KEYS[split])[0] for split in ("clean_train", "val", "test")]
         paths = pa.concat_arrays(lists).unique()
-        noisy, clean = (labels_of(paths, *read_list(self.lists / kind)) for kind in (NOISY, CLEAN))
+        notes: list[str] = []
+        noisy, clean = (self._labels(kind, paths, notes) for kind in (NOISY, CLEAN))
         has_both = np.minimum(noisy, clean) >= 0
+        if not has_both.any():
+            raise UserError(f"no image of the clean lists in {self.lists} has a label in {NOISY}, too; is it whole?")
         paths = paths.filter(pa.array(has_both))
         check_folders(self.root, paths, self._place, self.is_partial)
-        return Listing.of(paths, noisy[has_both], classes, clean=clean[has_both])
+        return Listing.of(paths, noisy[has_both], classes, notes, clean[has_both])
+
+    def _labels(self, kind: str, paths: pa.Array, notes: list[str]) -> np.ndarray:
+        """The labels of a file for `paths` (N,), and a note if it has an image twice."""
+        keys, labels, more = once(*read_list(self.lists / kind), kind)
+        notes += more
+        return labels_of(paths, keys, labels)
 
 
 def sources(root: Path, is_partial: bool = False) -> dict[str, Clothing1mSource]:

@@ -25,7 +25,7 @@ def read_list(file: Path) -> tuple[pa.Array, np.ndarray]:
     end as Windows ends them; empty ones are passed over.
 
     Raises:
-        UserError: the file cannot be read, or is empty.
+        UserError: the file cannot be read, or names no image.
     """
     parts = []
     try:
@@ -38,8 +38,9 @@ def read_list(file: Path) -> tuple[pa.Array, np.ndarray]:
             parts += [_parts(pc.utf8_trim_whitespace(batch["line"])) for batch in batches]
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"cannot read {file}: {' '.join(str(error).split())}") from None
-    paths = pa.concat_arrays([path for path, _ in parts])
-    return paths, np.concatenate([label for _, label in parts])
+    if not any(len(path) for path, _ in parts):
+        raise UserError(f"{file} names no image")
+    return pa.concat_arrays([path for path, _ in parts]), np.concatenate([label for _, label in parts])
 
 
 def _parts(lines: pa.Array) -> tuple[pa.Array, np.ndarray]:

@@ -74,7 +74,9 @@ def sources(
     trees = {name: _tree(root, name) for name in parts}
     val = first_folder([root / name for name in VAL_FOLDERS])
     files = [*lists.values(), info / VAL_LIST, info / SYNSETS]
-    missing = [f"{name}/" for name, tree in trees.items() if tree is None]
+    there = [name for name, tree in trees.items() if tree is not None]
+    needless = f" (not needed with --part {there[0]})" if len(there) == 1 else ""
+    missing = [f"{name}/{needless}" for name in parts if name not in there]
     missing += [] if val else [f"the validation images ({', '.join(VAL_FOLDERS[:3])} or val)"]
     missing += [f"info/{file.name}" for file in files if not file.is_file()]
     if missing or val is None:
