@@ -12,6 +12,7 @@ from typing import ParamSpec
 
 P = ParamSpec("P")
 EXIT_REFUSED = 2  # as argparse's: something that the user can put right
+EXIT_PIPE = 141  # as a shell tells of SIGPIPE
 REFUSAL_VARIABLE = "NLDIST_REFUSAL"
 
 
@@ -67,6 +68,10 @@ def main_guard(main: Callable[P, int | None]) -> Callable[P, int]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
             return main(*args, **kwargs) or 0
+        except BrokenPipeError:
+            # Whoever read the output, such as head, has enough; nor may the interpreter flush it at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_PIPE
         except (UserError, OSError) as raised:
             error = known(raised)
             if not isinstance(error, UserError):

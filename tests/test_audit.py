@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -151,13 +152,13 @@ def test_tables_keep_every_name(hostile: Path) -> None:
 
 @needs_browser
 def test_names_are_text_and_run_nothing(page: Opened, hostile: Path) -> None:
-    assert page.page.locator(".card").count() == 60
+    assert page.page.locator("#cards .card").count() == 60
     assert page.page.locator("img").count() == 60
     assert (
         page.page.evaluate("Promise.all([...document.images].map((image) => image.decode())).then((all) => all.length)")
         == 60
     )
-    shown = set(page.texts(".card dd bdi"))
+    shown = set(page.texts("#cards .card dd bdi"))
     assert shown <= set(HOSTILE)
     assert len(shown) == len(HOSTILE)
     assert set(page.texts("#classes th bdi")) == set(HOSTILE)
@@ -170,27 +171,36 @@ def test_filters_sorting_and_pages(page: Opened, hostile: Path) -> None:
     items = json.loads(data_of(hostile / "audit" / "index.html"))["items"]
     page.page.click("#after")
     assert page.texts("#page") == ["page 2 of 2"]
-    assert page.page.locator(".card").count() == 40
+    assert page.page.locator("#cards .card").count() == 40
     assert page.page.is_disabled("#after")
     page.page.fill("#search", "042 ")
-    assert page.page.locator(".card").count() == 1
+    assert page.page.locator("#cards .card").count() == 1
     page.page.click("#all")
     number = items[0]["given"]
     page.page.select_option("#given", str(number))
-    assert page.page.locator(".card").count() == sum(item["given"] == number for item in items)
+    assert page.page.locator("#cards .card").count() == sum(item["given"] == number for item in items)
     page.page.select_option("#sort", "sure")
-    ranks = [int(text.split("#")[1].split()[0]) for text in page.texts(".card .key")]
+    ranks = [int(text.split("#")[1].split()[0]) for text in page.texts("#cards .card .key")]
     assert ranks == sorted(ranks, reverse=True)
     cell = page.page.locator(".matrix button").first
     wanted = (int(cell.get_attribute("data-given")), int(cell.get_attribute("data-suggested")))
     cell.click()
     pair = [item for item in items if (item["given"], item["suggested"]) == wanted]
-    assert page.page.locator(".card").count() == len(pair) > 0
+    assert page.page.locator("#cards .card").count() == len(pair) > 0
+
+
+def downloaded(page: Opened, file: Path) -> list[dict[str, str]]:
+    """The rows of what the button saves as `file`."""
+    with page.page.expect_download() as download:
+        page.page.click("#download")
+    download.value.save_as(file)
+    with file.open(newline="", encoding="utf-8") as text:
+        return list(csv.DictReader(text))
 
 
 @needs_browser
 def test_marks_stay_and_go_into_a_label_set(page: Opened, hostile: Path, tmp_path: Path) -> None:
-    first, second, third = page.page.locator(".card").all()[:3]
+    first, second, third = page.page.locator("#cards .card").all()[:3]
     first.locator("button[data-mark=wrong]").click()
     second.focus()
     page.page.keyboard.press("r")
@@ -201,14 +211,12 @@ def test_marks_stay_and_go_into_a_label_set(page: Opened, hostile: Path, tmp_pat
     assert third.get_attribute("data-mark") == ""
     page.page.keyboard.press("w")
     page.page.reload()
-    marks = [card.get_attribute("data-mark") for card in page.page.locator(".card").all()]
+    marks = [card.get_attribute("data-mark") for card in page.page.locator("#cards .card").all()]
     assert marks == ["wrong", "right", "wrong"] + [""] * 57
     assert "2 wrong, 1 right, 0 unsure" in page.texts("#told")[0]
     page.page.select_option("#marked", "right")
-    assert page.page.locator(".card").count() == 1
-    with page.page.expect_download() as download:
-        page.page.click("#download")
-    download.value.save_as(tmp_path / "marks.csv")
+    assert page.page.locator("#cards .card").count() == 1
+    assert len(downloaded(page, tmp_path / "marks.csv")) == 3
 
     items = json.loads(data_of(hostile / "audit" / "index.html"))["items"]
     root, labels = hostile.parent / "data", tmp_path / "labels"
@@ -218,6 +226,90 @@ def test_marks_stay_and_go_into_a_label_set(page: Opened, hostile: Path, tmp_pat
     changed = np.flatnonzero(index.labels("marked") != index.label)
     assert sorted(index.keys(changed)) == sorted(items[place]["key"] for place in (0, 2))
     assert all(index.labels("marked")[changed] == (index.label[changed] + 1) % len(HOSTILE))
+
+
+@needs_browser
+def test_another_class_than_the_suggested_one_can_be_named(page: Opened, tmp_path: Path) -> None:
+    """Also of a label that the run does not doubt; a name that is no class is not taken."""
+    page.page.select_option("#sort", "sure")
+    card = page.page.locator("#cards .card").first
+    card.focus()
+    page.page.keyboard.press("w")
+    box = card.locator("input")
+    box.fill("no such class")
+    box.press("Tab")
+    assert downloaded(page, tmp_path / "before.csv")[0]["suggested"] != "no such class"
+    box.fill(HOSTILE[2])
+    box.press("Tab")
+    (row,) = downloaded(page, tmp_path / "after.csv")
+    assert (row["mark"], row["suggested"]) == ("wrong", HOSTILE[2])
+
+
+@needs_browser
+def test_marks_outlive_a_report_that_is_made_anew(chromium: Any, hostile: Path, tmp_path: Path) -> None:
+    """Of fewer images: the marked one is not drawn any more."""
+    run = tmp_path / "run"
+    shutil.copytree(hostile, run)
+    shutil.rmtree(run / "audit")
+    assert main([str(run), "--images", "100"]) == 0
+    with opened(chromium, run / "audit" / "index.html", accept_downloads=True) as found:
+        found.page.select_option("#sort", "sure")
+        card = found.page.locator("#cards .card").first
+        key = card.locator(".key bdi").text_content()
+        card.locator("button[data-mark=right]").click()
+        assert main([str(run), "--images", "20"]) == 0
+        found.page.reload()
+        assert key not in found.texts("#cards .key bdi")
+        assert "1 right" in found.texts("#told")[0]
+        assert [row["key"] for row in downloaded(found, tmp_path / "marks.csv")] == [key]
+
+
+@pytest.fixture
+def copies(tmp_path: Path) -> Path:
+    """A run on 40 copies of one image under three classes, two of another under one, and one that was refused."""
+    photos = tmp_path / "photos"
+    for number in range(42):
+        folder = photos / f"class{number % 3 if number < 40 else 0}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (200, 10, 10 if number < 40 else 250)).save(folder / f"{number:02d}.png")
+    (photos / "class1" / "broken.png").write_bytes(b"none")
+    made = ["folder", photos, tmp_path / "data", "--split", "train", "--workers", 0, "--on-bad", "skip"]
+    run_tool("tools/shard.py", *made)
+    index = Index.open(tmp_path / "data", "train")
+    return write_run(tmp_path / "run", index, np.linspace(0, 1, 42).astype(np.float32), (index.label + 1) % 3)
+
+
+@needs_browser
+def test_duplicates_are_shown_some_of_each_and_told_in_full(copies: Path, chromium: Any) -> None:
+    assert main([str(copies), "--images", "20"]) == 0
+    with (copies / "audit" / "duplicates.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 40, "the two of one class are no group"
+    assert {(row["group"], row["kind"]) for row in rows} == {("1", "exact")}
+    page = copies / "audit" / "index.html"
+    assert len(json.loads(data_of(page))["pictures"]) <= 26
+    with opened(chromium, page) as found:
+        assert found.page.locator("#groups .card").count() == 6
+        assert "40 times, 6 shown" in found.texts("#groups li")[0]
+        assert "broken.png" in found.texts("#unread li")[0]
+        # An image with two cards: both show its mark.
+        key = found.texts("#groups .key bdi")[0]
+        found.page.locator("#groups .card").first.locator("button[data-mark=unsure]").click()
+        twins = [card for card in found.page.locator(".card").all() if card.locator(".key bdi").text_content() == key]
+        assert len(twins) == 2
+        assert [card.get_attribute("data-mark") for card in twins] == ["unsure", "unsure"]
+        assert found.problems == []
+
+
+def test_files_that_are_not_of_a_report_stay(copies: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "out" / "labels.csv"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert main([str(copies), "--out", str(mine.parent)]) == 2
+    assert "is not of an audit" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    assert main([str(copies), "--out", str(mine.parent)]) == main([str(copies), "--out", str(mine.parent)]) == 0
 
 
 @needs_browser

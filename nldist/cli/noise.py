@@ -94,9 +94,9 @@ def semantic(index: Index, args: argparse.Namespace) -> np.ndarray:
         raise UserError(
             f"--model {SEMANTIC} takes its labels, and so its rate, from a trained --run RUN; give no --rate"
         )
-    from nldist.train.evaluate import predict
+    from nldist.train.evaluate import labels_of
 
-    return predict(args.run, args.weights, index.root, index.split)
+    return labels_of(args.run, args.weights, index.root, index.split)
 
 
 def from_csv(index: Index, args: argparse.Namespace) -> np.ndarray:
@@ -117,6 +117,7 @@ def from_run(index: Index, args: argparse.Namespace) -> tuple[np.ndarray, dict[s
         said = Samples.read(args.from_run, index)
         labels = corrected(said, below, args.at_most_rate)
         origin = {"from_run": str(args.from_run.absolute()), "below": below, "at_most_rate": args.at_most_rate}
+        origin |= {"label_set": said.label_set, "num_epochs": said.num_epochs, "of_epochs": said.of_epochs}
         num_replaced = np.count_nonzero(labels != said.given)
         print(f"{num_replaced} of {len(labels)} labels replaced by what {args.from_run} suggests {said.when}")
     if args.marks is not None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.parse import urlparse
+from urllib.parse import urlsplit
 
 import webdataset
 
@@ -23,6 +23,14 @@ _BLOCK = 1 << 20
 def is_url(place: str) -> bool:
     """Whether a shard's place is a URL, not a path."""
     return "://" in place
+
+
+def without_secrets(place: str) -> str:
+    """A shard's place, to be told: of a URL without user, password and query."""
+    if not is_url(place):
+        return place
+    parts = urlsplit(place)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
 
 
 class ShardCache:
@@ -78,7 +86,7 @@ class ShardCache:
 
     def _path(self, url: str) -> Path:
         digest = hashlib.sha256(url.encode()).hexdigest()[:16]
-        return self.cache_dir / f"{digest}-{Path(urlparse(url).path).name}.copy"
+        return self.cache_dir / f"{digest}-{Path(urlsplit(url).path).name}.copy"
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:

@@ -18,16 +18,17 @@ from nldist.errors import UserError
 from nldist.files import replacing
 
 MARKS = ("wrong", "right", "unsure")
+_NO_CLASS = "wrong without another class"
 
 
 def corrected(samples: Samples, below: float, at_most_rate: float | None) -> np.ndarray:
-    """The given labels, with those the suggested ones that are probably wrong: int32 (N,).
+    """The given labels, with those that are probably wrong replaced by what is suggested: int32 (N,).
 
     Args:
         samples: what a run says.
         below: a label is replaced whose probability to be right is less, if another class is suggested.
-        at_most_rate: share of all samples whose labels are replaced at most, the least probable ones first; None:
-            no limit.
+        at_most_rate: share of all samples whose labels are replaced at most, the most doubtful ones first
+            (`Samples.order`); None: no limit.
     """
     ids = samples.order()
     other = samples.suggested[ids] != samples.given[ids]
@@ -44,7 +45,7 @@ def apply_marks(index: Index, labels: np.ndarray, file: Path, reading: Reading |
 
     The table has the columns key, given, suggested (classes) and mark, and a row per sample: of a `right` one the label
     is the given class, of a `wrong` one the suggested class, of an `unsure` one what it was. Rows without a mark say
-    nothing.
+    nothing. A `wrong` one without another class leaves the label, too; it counts as "wrong without another class".
 
     Raises:
         UserError: the table cannot be read, or a row's key, mark or class does not exist, or is there twice.
@@ -55,10 +56,13 @@ def apply_marks(index: Index, labels: np.ndarray, file: Path, reading: Reading |
     for row, id_ in zip(rows, ids, strict=True):
         if (column := {"right": "given", "wrong": "suggested"}.get(row["mark"])) is None:
             continue
+        if row["mark"] == "wrong" and row["suggested"] in ("", row["given"]):
+            row["mark"] = _NO_CLASS
+            continue
         if row[column] not in found.class_of:
             raise UserError(f"{file}: {row['key']!r}: {column} {found.faults[row[column]]}")
         labels[id_] = found.class_of[row[column]]
-    return {mark: sum(row["mark"] == mark for row in rows) for mark in MARKS}
+    return {mark: sum(row["mark"] == mark for row in rows) for mark in (*MARKS, _NO_CLASS)}
 
 
 def _marked(file: Path) -> Iterator[dict[str, str]]:

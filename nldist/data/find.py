@@ -3,7 +3,7 @@
 import glob
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nldist.data.loose import Place
@@ -25,7 +25,7 @@ class Found:
 
     A name is a file, whatever its extension; a directory, of which all images and tars count, with those of the
     directories in it; a tar, of which all images count; or a pattern with *, ? or [], where ** stands for any
-    directories.
+    directories: of what it matches the images and tars, or, where that is directories alone, those in them.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -35,8 +35,12 @@ class Found:
     def __iter__(self) -> Iterator[Place]:
         """Raises UserError: there is no such file, a directory cannot be listed, or a tar is damaged."""
         for name in self._names:
-            for path in _matching(name):
-                yield from self._below(path) if os.path.isdir(path) else self._file(path)
+            if os.path.isdir(name):
+                yield from self._below(os.fsencode(name))
+            elif os.path.lexists(name):
+                yield from self._file(os.fsencode(name))
+            else:
+                yield from self._matching(name)
 
     @property
     def notes(self) -> list[str]:
@@ -47,13 +51,28 @@ class Found:
             notes.append(f"{self._num_others:,} {what}, were left out: {shown(self._others)}")
         return notes
 
+    def _matching(self, pattern: str) -> Iterator[Place]:
+        """Files of a pattern; directories only where it matches nothing else, so that no image comes twice."""
+        found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else []
+        if not found:
+            more = ", nor any of this pattern" if glob.has_magic(pattern) else ""
+            raise UserError(f"{pattern}: no such file or directory{more}")
+        files = [path for path in found if not os.path.isdir(path)]
+        for path in map(os.fsencode, files):
+            yield from self._known(path)
+        for path in map(os.fsencode, () if files else found):
+            yield from self._below(path)
+
     def _below(self, folder: bytes) -> Iterator[Place]:
         for path in files_below(folder, folder, self._left_out):
-            full = os.path.normpath(os.path.join(folder, path))
-            if full.lower().endswith(_IMAGES + _TARS):
-                yield from self._file(full)
-            else:
-                self._leave(full)
+            yield from self._known(os.path.normpath(os.path.join(folder, path)))
+
+    def _known(self, path: bytes) -> Iterator[Place]:
+        """An image or a tar by its extension; others are left out."""
+        if path.lower().endswith(_IMAGES + _TARS):
+            yield from self._file(path)
+        else:
+            self._leave(path)
 
     def _file(self, path: bytes) -> Iterator[Place]:
         if path.lower().endswith(_TARS):
@@ -75,17 +94,6 @@ class Found:
         self._num_others += 1
         if len(self._others) < _SHOWN:
             self._others.append(readable(path))
-
-
-def _matching(name: str) -> Iterable[bytes]:
-    """The files or directories that a name stands for: itself, or, where there is none, what it is a pattern of."""
-    if os.path.lexists(name):
-        return [os.fsencode(name)]
-    found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else []
-    if not found:
-        more = ", nor any of this pattern" if glob.has_magic(name) else ""
-        raise UserError(f"{name}: no such file or directory{more}")
-    return map(os.fsencode, found)
 
 
 def _headers(tar: bytes) -> Iterator[tarfile.TarInfo]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nldist.data.cache import ShardCache, is_url
+from nldist.data.cache import ShardCache, is_url, without_secrets
 from nldist.data.decode import DecodeError, decoded
 from nldist.data.index import RECORD, Index
 from nldist.errors import UserError
@@ -116,7 +116,8 @@ class Reader:
 
     def _describe(self, id_: int, row: Row, reason: Exception) -> str:
         key = self.index.keys([id_])[0]
-        return f"image {id_} ({key}) in {self.index.shards[row.shard]} at byte {row.offset}: {reason}"
+        place = without_secrets(self.index.shards[row.shard])
+        return f"image {id_} ({key}) in {place} at byte {row.offset}: {reason}"
 
 
 class _BadRecordError(Exception):

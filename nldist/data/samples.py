@@ -43,9 +43,12 @@ class Samples:
     @property
     def when(self) -> str:
         """After which part of the run it says this, for people."""
-        return (
-            f"after epoch {self.num_epochs} of {self.of_epochs}" if self.num_epochs < self.of_epochs else "at its end"
-        )
+        return f"after epoch {self.num_epochs} of {self.of_epochs}"
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is of the run's end, when margins are known of all images that can be read."""
+        return not np.isnan(self.margin).all()
 
     def order(self) -> np.ndarray:
         """Ids of all samples that it judges, the most doubtful label first, int64.
@@ -53,10 +56,13 @@ class Samples:
         By the margin, less the mean margin of the given class (docs/audit.md); before the run's end, when margins are
         not known, and where they are the same, by the probability to be right.
         """
-        judged = np.flatnonzero(~np.isnan(self.clean_probability))
-        by_margin = np.nan_to_num(self.margin[judged] - self._mean_margins()[self.given[judged]], nan=np.inf)
-        ids: np.ndarray = judged[np.lexsort((self.clean_probability[judged], by_margin))]
-        return ids
+        judged = ~np.isnan(self.clean_probability)
+        if not self.ended:
+            ids: np.ndarray = np.flatnonzero(judged)
+            return ids[np.argsort(self.clean_probability[ids], kind="stable")]
+        ids = np.flatnonzero(judged & ~np.isnan(self.margin))
+        relative = self.margin[ids] - self._mean_margins()[self.given[ids]]
+        return ids[np.lexsort((self.clean_probability[ids], relative))]
 
     def _mean_margins(self) -> np.ndarray:
         """Of each given class, (C,), as if it had `_PRIOR` more labels of the mean margin of all."""
@@ -64,8 +70,7 @@ class Samples:
         given, margin = self.given[known], self.margin[known]
         num_classes = int(self.given.max()) + 1
         sums, counts = (np.bincount(given, weights, num_classes) for weights in (margin, None))
-        prior = margin.mean() if len(margin) else np.nan
-        means: np.ndarray = (sums + _PRIOR * prior) / (counts + _PRIOR)
+        means: np.ndarray = (sums + _PRIOR * margin.mean()) / (counts + _PRIOR)
         return means
 
     def write(self, run_dir: Path, index: Index) -> None:

@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from nldist.data.cache import is_url
+from nldist.data.cache import without_secrets
 from nldist.data.index import Index
 from nldist.data.samples import Samples
 from nldist.files import replacing
@@ -56,7 +55,7 @@ class Audit:
         order: int64 (judged,), the ids of all samples that the run has seen, the most doubtful label first.
         wrong: bool (N,), whether a label is probably wrong: less than half as probable, and another class suggested.
         rank: int64 (N,), each one's place in it, from 1; the number of judged samples + 1 where it is not there.
-        unseen: int64, ids of the samples that it says nothing about: images that could not be read.
+        unseen: int64, ids of the others: of a run that has ended, images that could not be read.
     """
 
     def __init__(self, samples: Samples, index: Index) -> None:
@@ -64,7 +63,7 @@ class Audit:
         self.order = samples.order()
         self.rank = np.full(len(samples.given), len(self.order) + 1)
         self.rank[self.order] = np.arange(1, len(self.order) + 1)
-        self.unseen = np.flatnonzero(np.isnan(samples.clean_probability))
+        self.unseen = np.flatnonzero(self.rank > len(self.order))
         with np.errstate(invalid="ignore"):
             doubtful = samples.clean_probability < WRONG
         self.wrong = doubtful & (samples.suggested != samples.given) & (samples.suggested >= 0)
@@ -101,14 +100,19 @@ class Audit:
     def chosen(self, pairs: list[Pair], num_images: int, num_each: int) -> np.ndarray:
         """The samples to be looked at: ids (at most `num_images`), the most doubtful first.
 
-        Of each of `pairs` the `num_each` most doubtful, for up to half of them; for the rest the most doubtful of all.
+        Half of them, as far as that goes, are of each of `pairs` the `num_each` most doubtful that are probably wrong;
+        the rest are the most doubtful of all.
         """
-        given, suggested = self.samples.given[self.order], self.samples.suggested[self.order]
+        wrong = np.flatnonzero(self.wrong[self.order])  # places in the order
+        given, suggested = self.samples.given[self.order[wrong]], self.samples.suggested[self.order[wrong]]
         codes = given.astype(np.int64) * self.index.num_classes + suggested
         places: list[int] = []
-        for pair in pairs[: num_images // (2 * num_each)]:
+        for pair in pairs:
             code = pair.given * self.index.num_classes + pair.suggested
-            places += np.flatnonzero(codes == code)[:num_each].tolist()
+            own = wrong[codes == code][:num_each].tolist()
+            if len(places) + len(own) > num_images // 2:
+                break
+            places += own
         rest = np.setdiff1d(np.arange(min(len(self.order), 2 * num_images)), places)[: num_images - len(places)]
         ids: np.ndarray = self.order[np.sort(np.concatenate([np.array(places, np.int64), rest]))]
         return ids
@@ -131,7 +135,7 @@ class Audit:
                 "suggested": classes.take(pa.array(suggested, mask=suggested < 0)),
                 "p_clean": pa.array(probability, mask=np.isnan(probability)),
                 "margin": pa.array(margin, mask=np.isnan(margin)),
-                "rank": pa.array(self.rank[ids], mask=np.isnan(probability)),
+                "rank": pa.array(self.rank[ids], mask=self.rank[ids] > len(self.order)),
             }
         )
 
@@ -152,8 +156,5 @@ class Audit:
 
 
 def _relative(shard: str, root: Path) -> str:
-    """A shard's place in its data set; of one that lies elsewhere its own, of a URL without user, password, query."""
-    if is_url(shard):
-        parts = urlsplit(shard)
-        return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
-    return str(Path(shard).relative_to(root)) if Path(shard).is_relative_to(root) else shard
+    """A shard's place in its data set; of one that lies elsewhere its own."""
+    return str(Path(shard).relative_to(root)) if Path(shard).is_relative_to(root) else without_secrets(shard)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import trange
 
 from nldist.data.index import Index
 from nldist.data.reader import Reader
@@ -51,12 +52,13 @@ def near(
 ) -> Iterator[Duplicates]:
     """Pairs of images that are each other's nearest neighbour, have different labels and look alike.
 
-    Their pixels decide: both as 16 x 16 grey levels, of equal mean. Byte-identical images are left out.
+    Their pixels decide: both as 16 x 16 grey levels, of equal mean. Byte-identical images are left out. A bar tells of
+    the progress.
 
     Args:
         graph: (N, k) ids of neighbours, nearest first.
         labels: int (N,).
-        rank: int (N,), 1 = most doubtful. Pairs are in its order.
+        rank: int (N,), 1 = most doubtful. The most doubtful pairs are looked at; each begins with its doubtful one.
         reader: of the images.
         num_pairs: so many pairs are looked at, at most.
     """
@@ -66,8 +68,8 @@ def near(
     first = ids[(nearest[nearest] == ids) & other & (rank < rank[nearest])]
     crc = reader.index.records["crc32"]
     first = first[crc[first] != crc[nearest[first]]]
-    first = first[np.argsort(rank[first])][:num_pairs]
-    for start in range(0, len(first), _BLOCK):
+    first = np.sort(first[np.argsort(rank[first])][:num_pairs])  # as they lie in the shards
+    for start in trange(0, len(first), _BLOCK, desc="pairs", unit=f" x {_BLOCK}", leave=False):
         block = first[start : start + _BLOCK]
         alike = _alike(_small(reader, block), _small(reader, nearest[block]))
         for place in np.flatnonzero(alike).tolist():

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import trange
 
 from nldist.data.reader import Reader
 from nldist.files import replacing
@@ -22,14 +23,15 @@ _MAX_MATRIX = 30  # classes that a whole confusion table is drawn for
 _MAX_PAIRS = 100  # in the list
 _NUM_EACH = 5  # images of each pair in the list, at least
 _MAX_GROUPS = 100  # of duplicates
+_MAX_MEMBERS = 6  # of a group
 _MAX_NAMED = 500  # files that could not be read
 _BLOCK = 64
 
 
 def thumbnails(reader: Reader, ids: np.ndarray) -> dict[int, str]:
-    """JPEG files in base64 of those of the images that can be read."""
+    """JPEG files in base64 of those of the images that can be read; a bar tells of the progress."""
     found = {}
-    for start in range(0, len(ids), _BLOCK):
+    for start in trange(0, len(ids), _BLOCK, desc="thumbnails", unit=f" x {_BLOCK}", leave=False):
         block = ids[start : start + _BLOCK]
         images = reader.read(block)
         for place, pixels, (height, width) in zip(images.kept, images.pixels, images.sizes, strict=True):
@@ -61,17 +63,17 @@ def write_page(
     """
     index, pairs = audit.index, audit.pairs()
     ids = audit.chosen(pairs[:_MAX_PAIRS], num_images, _NUM_EACH)
-    groups = duplicates[:_MAX_GROUPS]
-    pictured = np.unique(np.concatenate([ids, *(np.array(group.ids) for group in groups)]).astype(np.int64))
-    pictures = thumbnails(reader, pictured)
+    groups = [(group, group.ids[:_MAX_MEMBERS]) for group in duplicates[:_MAX_GROUPS]]
+    pictured = np.unique(np.concatenate([ids, *(np.array(members) for _, members in groups)]).astype(np.int64))
     keys = dict(zip(pictured.tolist(), index.keys(pictured), strict=True))
     data = {
         "run": _digest(facts),
         "classes": index.classes,
-        "items": [_item(audit, id_, keys[id_], pictures) for id_ in ids.tolist()],
+        "pictures": thumbnails(reader, pictured),
+        "items": [_item(audit, id_, keys[id_]) for id_ in ids.tolist()],
         "groups": [
-            {"exact": group.exact, "items": [_item(audit, id_, keys[id_], pictures) for id_ in group.ids]}
-            for group in groups
+            {"exact": group.exact, "count": len(group.ids), "items": [_item(audit, id_, keys[id_]) for id_ in members]}
+            for group, members in groups
         ],
     }
     unread = audit.unseen[:_MAX_NAMED]
@@ -84,7 +86,9 @@ def write_page(
         pairs=pairs[:_MAX_PAIRS],
         num_pairs=len(pairs),
         matrix=_matrix(pairs, index.num_classes),
+        drawn=_pairs_of(audit, ids),
         num_wrong=int(audit.wrong.sum()),
+        ended=audit.samples.ended,
         num_groups=len(duplicates),
         unread=index.keys(unread),
         num_unread=len(audit.unseen),
@@ -96,17 +100,23 @@ def write_page(
     return len(text.encode())
 
 
-def _item(audit: Audit, id_: int, key: str, pictures: Mapping[int, str]) -> dict[str, Any]:
+def _pairs_of(audit: Audit, ids: np.ndarray) -> set[tuple[int, int]]:
+    """Given and suggested class of those of the samples whose labels are probably wrong."""
+    wrong = ids[audit.wrong[ids]]
+    return set(zip(audit.samples.given[wrong].tolist(), audit.samples.suggested[wrong].tolist(), strict=True))
+
+
+def _item(audit: Audit, id_: int, key: str) -> dict[str, Any]:
     """A sample as the page's script knows it."""
     samples = audit.samples
-    seen = not np.isnan(samples.clean_probability[id_])
+    seen = audit.rank[id_] <= len(audit.order)
     return {
+        "id": id_,
         "key": key,
         "given": int(samples.given[id_]),
         "suggested": int(samples.suggested[id_]),
         "p": round(float(samples.clean_probability[id_]), 6) if seen else None,
         "rank": int(audit.rank[id_]) if seen else None,
-        "picture": pictures.get(id_),
     }
 
 

@@ -54,5 +54,7 @@ def resize_of(saved: Mapping[str, Any], config: Config) -> int | None:
 
     The weights file says it, or, where an earlier nldist wrote it, the data set if it is there.
     """
-    resize: int | None = saved.get("resize") or sharded_resize(config.data.root, config.data.train_split)
+    if "resize" not in saved:
+        return sharded_resize(config.data.root, config.data.train_split)
+    resize: int | None = saved["resize"]
     return resize

@@ -201,13 +201,11 @@ def sync(run_dir: Path) -> None:
             print(errors, file=sys.stderr)
 
 
-def publish(run_dir: Path, files: Iterable[Path], folder: str) -> bool:
-    """Let MLflow have files of a run that has ended, in a folder of its own; False where the run is not tracked.
+def publish(run_dir: Path, files: Iterable[Path], folder: str) -> None:
+    """Let MLflow have files of a tracked run that no job is using, in a folder of its own.
 
     Raises `UserError` if MLflow does not take them: `nldist sync` sends them later.
     """
-    if not (run_dir / OUTBOX_FILE).exists():
-        return False
     outbox = JsonLines(run_dir / OUTBOX_FILE)
     for path in files:
         outbox.append(
@@ -215,7 +213,6 @@ def publish(run_dir: Path, files: Iterable[Path], folder: str) -> bool:
         )
     outbox.close()
     sync(run_dir)
-    return True
 
 
 def start_sender(run_dir: Path, *options: str, stderr: int | None = None) -> subprocess.Popen[bytes]:

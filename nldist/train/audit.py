@@ -1,5 +1,6 @@
 """A report about the labels of a run, from what it said of them: no network is asked."""
 
+import contextlib
 import csv
 import datetime
 import json
@@ -11,7 +12,7 @@ import numpy as np
 
 from nldist import __version__
 from nldist.config import Config
-from nldist.data.cache import ShardCache
+from nldist.data.cache import ShardCache, is_url
 from nldist.data.index import Index
 from nldist.data.reader import Reader
 from nldist.data.samples import Samples
@@ -24,6 +25,7 @@ from nldist.report.audit import Audit
 from nldist.report.duplicates import Duplicates, exact, near
 from nldist.report.page import SIDE, write_page
 from nldist.run.directory import RunDirectory
+from nldist.track.sender import OUTBOX_FILE
 from nldist.track.tracker import publish
 from nldist.train.stages import stage_directories
 
@@ -34,10 +36,11 @@ _MAX_PAIRS = 5000  # of nearest neighbours that are compared pixel by pixel
 def audit(run_dir: Path, out: Path | None, num_images: int, overrides: Sequence[str]) -> Iterator[str]:
     """Write the report of a run, finished or not, into `out` (None: RUN/audit); yields lines about it.
 
-    MLflow gets it, too, where a run that has ended was tracked.
+    MLflow gets it, too, where the run is tracked and no job is using it.
 
     Raises:
-        UserError: the run has said nothing about labels yet, its data set is not there, or `out` cannot be written.
+        UserError: the run has said nothing about labels yet, its data set is not there, or `out` cannot be written or
+            holds files that are not of a report.
     """
     run = RunDirectory(run_dir)
     config = run.config(overrides)
@@ -52,22 +55,52 @@ def audit(run_dir: Path, out: Path | None, num_images: int, overrides: Sequence[
         f"{total.least:,} to {total.most:,}), {found.samples.when}"
     )
     folder = out or run_dir / "audit"
+    _check_own(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        duplicates, size = _write(folder, run, config, found, num_images)
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}") from None
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
+    unread = "images not read" if found.samples.ended else "images not judged yet, or not readable"
+    yield f"{duplicates:,} groups of duplicates with different labels, {len(found.unseen):,} {unread}"
+    yield f"{folder / 'index.html'} ({size / 2**20:.1f} MiB), {', '.join(_FILES[1:])}"
+    yield from _publish(run, [folder / name for name in _FILES])
+
+
+def _check_own(folder: Path) -> None:
+    """Refuse (UserError) a directory that has files of these names which are not of an earlier report."""
+    if there := [name for name in _FILES if (folder / name).exists()]:
+        page = folder / "index.html"
+        head = page.read_bytes()[:2048] if page.is_file() else b""
+        if b'content="nldist audit"' not in head:
+            raise UserError(f"{folder / there[0]} exists and is not of an audit: choose another --out, or remove it")
+
+
+def _write(folder: Path, run: RunDirectory, config: Config, found: Audit, num_images: int) -> tuple[int, int]:
+    """Write the files; returns the number of groups of duplicates, and the page's size in bytes."""
+    data, index = config.data, found.index
     found.write_tables(folder)
     cache = ShardCache(data.cache_dir, int(data.cache_gib * 2**30)) if data.cache_dir else None
-    reader = Reader(index, "skip", SIDE, cache)
-    duplicates = _duplicates(found, reader, _graph(config, index))
-    _write_duplicates(folder / "duplicates.csv", found, duplicates)
-    refused = _refused(index)
-    size = write_page(folder / "index.html", found, reader, _facts(run, config, found), duplicates, refused, num_images)
-    reader.close()
-    yield f"{len(duplicates):,} groups of duplicates with different labels, {len(found.unseen):,} images not read"
-    yield f"{folder / 'index.html'} ({size / 2**20:.1f} MiB), {', '.join(_FILES[1:])}"
-    if run.summary is not None and publish(run_dir, [folder / name for name in _FILES], "audit"):
-        yield "MLflow has it, too"
+    with contextlib.closing(Reader(index, "skip", SIDE, cache)) as reader:
+        duplicates = _duplicates(found, reader, _graph(config, index))
+        _write_duplicates(folder / "duplicates.csv", found, duplicates)
+        facts = _facts(run, config, found)
+        size = write_page(folder / "index.html", found, reader, facts, duplicates, _refused(index), num_images)
+    return len(duplicates), size
+
+
+def _publish(run: RunDirectory, files: Sequence[Path]) -> Iterator[str]:
+    """Send MLflow the files, unless a job is using the run: it is sending its own records then."""
+    if not (run.path / OUTBOX_FILE).exists():
+        return
+    try:
+        run.claim(None)
+    except UserError:
+        yield f"{run.path} is in use by a running job: MLflow gets the report when this is given again after it"
+        return
+    with contextlib.closing(run):
+        publish(run.path, files, "audit")
+    yield "MLflow has it, too"
 
 
 def _facts(run: RunDirectory, config: Config, found: Audit) -> dict[str, Any]:
@@ -94,7 +127,8 @@ def _graph(config: Config, index: Index) -> np.ndarray | None:
 
 def _duplicates(found: Audit, reader: Reader, graph: np.ndarray | None) -> list[Duplicates]:
     groups = exact(found.index, found.samples.given, found.rank)
-    if graph is not None:
+    # Of shards elsewhere nearly all would be copied for it.
+    if graph is not None and not any(map(is_url, found.index.shards)):
         groups += near(graph, found.samples.given, found.rank, reader, _MAX_PAIRS)
     return sorted(groups, key=lambda group: int(found.rank[group.ids[0]]))
 

@@ -83,7 +83,7 @@ def _logits(run: RunDirectory, weights: str, context: Context) -> Output:
     return Classifier(saved, context.config, context.world.device).logits
 
 
-class _Prediction(Sweep):
+class _Labelling(Sweep):
     """Every image's predicted class."""
 
     def __init__(self, context: Context, logits: Output) -> None:
@@ -96,7 +96,7 @@ class _Prediction(Sweep):
         self.predicted[batch.ids] = self._logits(images).argmax(1)
 
 
-def predict(run_dir: Path, weights: Literal["last", "best"], data_root: Path, split: str) -> np.ndarray:
+def labels_of(run_dir: Path, weights: Literal["last", "best"], data_root: Path, split: str) -> np.ndarray:
     """The class that a run's networks predict for every image of a split, int32 (N,), on every rank.
 
     Raises:
@@ -106,6 +106,6 @@ def predict(run_dir: Path, weights: Literal["last", "best"], data_root: Path, sp
     config = run.config([f"data.root={data_root}", "data.on_bad=refuse"])
     with World.start(**config.dist.model_dump()) as world:
         context = _context(config, world, split)
-        task = _Prediction(context, _logits(run, weights, context))
+        task = _Labelling(context, _logits(run, weights, context))
         run_pass(context, task)
         return task.predicted.gather()

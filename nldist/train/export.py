@@ -83,14 +83,17 @@ def export_model(run_dir: Path, out: Path, weights: Weights = "last") -> None:
     """Write an MLflow model, a directory: all networks of a run with its evaluation view.
 
     Raises:
-        UserError: no such run or weights, or `out` exists.
+        UserError: no such run or weights, or `out` exists or cannot be written.
     """
     _check_free(out)
     from mlflow import pyfunc
 
-    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as work:
-        pyfunc.save_model(Path(work, "model"), **_model(run_dir, Path(work), weights))
-        Path(work, "model").rename(out)
+    try:
+        with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as work:
+            pyfunc.save_model(Path(work, "model"), **_model(run_dir, Path(work), weights))
+            Path(work, "model").rename(out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
 
 
 def log_model(run_dir: Path, weights: Weights = "last") -> str:

@@ -103,7 +103,10 @@ class Trainer:
         if resume_step is None:
             return True
         self._stop = self._stop_check.due(num_done)
-        if self._stop or 0 < self.config.train.checkpoint_every_steps <= self._steps_since_save:
+        every = (
+            self.config.train.checkpoint_every_steps if resume_step else 0
+        )  # nothing is saved of a pass that starts again
+        if self._stop or 0 < every <= self._steps_since_save:
             position = self.progress.position
             task.sync()
             self._save(Position(position.epoch, position.pass_index, resume_step))
@@ -130,7 +133,7 @@ class Trainer:
         return self.progress.num_bad_before + (self._stream.num_bad if self._stream else 0)
 
     def _save(self, position: Position) -> None:
-        self.progress.save(position, self._num_bad())
+        self.progress.save(position, self._num_bad() if position.step else 0)
         self._steps_since_save = 0
 
     def _end_epoch(self, epoch: int, phase: Phase, seconds: float) -> None:

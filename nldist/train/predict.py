@@ -114,15 +114,15 @@ def _work_directory(out: Path | None, world: World) -> Iterator[Path]:
 def _images(request: Request, config: Config, saved: dict[str, Any], work: Path, world: World) -> Index | LooseImages:
     """A data set's split, or what rank 0 has found by the names."""
     data, names = config.data, request.images
-    root = data.root if not names else Path(names[0])
-    if not names or (root / "dataset.json").exists():
-        if len(names) > 1:
-            raise UserError(f"{root} is a data set: give it alone")
-        if not names and not root.exists():
-            raise UserError(f"the run's data set is not in {root}; name images, or add data.root=ITS_PLACE")
-        return Index.open(root, request.split or data.eval_split, data.cache_dir)
+    if not names and not data.root.exists():
+        raise UserError(f"the run's data set is not in {data.root}; name images, or add data.root=ITS_PLACE")
+    roots = [name for name in names if Path(name, "dataset.json").exists()] if names else [str(data.root)]
+    if roots and len(names) > 1:
+        raise UserError(f"{roots[0]} is a data set: give it alone")
+    if roots:
+        return Index.open(Path(roots[0]), request.split or data.eval_split, data.cache_dir)
     if request.split is not None:
-        raise UserError(f"--split is for a data set, and {root} is none (it has no dataset.json)")
+        raise UserError(f"--split is for a data set, and {names[0]} is none (it has no dataset.json)")
     listing = work / "images.arrow"
     if world.is_main:
         found = Found(names)

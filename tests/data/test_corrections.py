@@ -67,7 +67,8 @@ def test_a_runs_labels_put_right(digits: Path, run: Path, tmp_path: Path) -> Non
     np.testing.assert_array_equal(labels(digits, "few", tmp_path / "labels"), wanted)
     file = tmp_path / "labels" / "train" / "labels" / "few.parquet"
     origin = json.loads(pq.read_schema(file).metadata[b"nldist"])
-    assert origin == {"from_run": str(run), "below": 0.5, "at_most_rate": rate}
+    said = {"label_set": "sym50", "num_epochs": 2, "of_epochs": 3}
+    assert origin == {"from_run": str(run), "below": 0.5, "at_most_rate": rate, **said}
 
 
 def write_marks(file: Path, rows: Sequence[tuple[str, ...]], delimiter: str = ",") -> Path:
@@ -100,6 +101,23 @@ def test_what_a_person_marked_wins(delimiter: str, digits: Path, run: Path, tmp_
     wanted = index.labels().copy()
     wanted[first], wanted[12] = given[first], (given[12] + 3) % 10
     np.testing.assert_array_equal(labels(digits, "by-hand", tmp_path / "labels"), wanted)
+
+
+@pytest.mark.parametrize("suggested", ["GIVEN", ""])
+def test_wrong_without_another_class_changes_nothing_and_is_told(
+    suggested: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = Index.open(digits, "train")
+    given = index.classes[index.label[5]]
+    rows = [
+        (index.keys([5])[0], given, suggested.replace("GIVEN", given), "wrong"),
+        (index.keys([6])[0], index.classes[index.label[6]], index.classes[(index.label[6] + 1) % 10], "wrong"),
+    ]
+    marks = write_marks(tmp_path / "marks.csv", rows)
+    assert noise(digits, tmp_path, "--marks", marks, "--name", "marked") == 0
+    assert "1 wrong, 0 right, 0 unsure, 1 wrong without another class; 1 labels are others" in capsys.readouterr().out
+    changed = np.flatnonzero(labels(digits, "marked", tmp_path / "labels") != index.label)
+    assert changed.tolist() == [6]
 
 
 def test_an_exported_label_set_can_be_brought_back(digits: Path, run: Path, tmp_path: Path) -> None:
