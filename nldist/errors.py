@@ -67,7 +67,9 @@ def main_guard(main: Callable[P, int | None]) -> Callable[P, int]:
     @functools.wraps(main)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
-            return main(*args, **kwargs) or 0
+            code = main(*args, **kwargs) or 0
+            sys.stdout.flush()
+            return code
         except BrokenPipeError:
             # Whoever read the output, such as head, has enough; nor may the interpreter flush it at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

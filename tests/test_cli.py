@@ -1,4 +1,6 @@
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,31 @@ def test_directories_that_are_no_runs(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "no config.yaml" in refused(capsys, "evaluate", str(tmp_path))
     assert "no summary.json" in refused(capsys, "compare", str(tmp_path))
     assert "tracked with MLflow" in refused(capsys, "sync", str(tmp_path))
+
+
+@pytest.mark.parametrize("num_lines", [1, 100_000])
+def test_a_reader_that_has_enough_ends_the_command_without_a_word(num_lines: int) -> None:
+    program = f"""
+import sys
+from nldist.errors import main_guard
+
+@main_guard
+def main():
+    sys.stdin.read()
+    for number in range({num_lines}):
+        print(number)
+
+sys.exit(main())
+"""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 def test_what_modules_tell_is_printed_on_rank_0(capsys: pytest.CaptureFixture[str]) -> None:

@@ -248,6 +248,7 @@ def test_what_is_refused(run_dir: Path, digits: Path, photos: Path, tmp_path: Pa
         ([photos, "--top", 11], "the run has 10 classes"),
         ([photos, "--split", "test"], "has no dataset.json"),
         ([digits, photos], "give it alone"),
+        ([photos, digits], "give it alone"),
         ([digits, "--split", "other"], "no split 'other'"),
         ([tmp_path / "nothing.jpg"], "no such file"),
         ([tmp_path / "*.webp"], "nor any of this pattern"),

@@ -12,10 +12,12 @@ import torch
 
 from nldist.cli import main
 from nldist.config.file import load_config
+from nldist.data.index import Index
 from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.passes.data import Data
 from nldist.run.directory import RunDirectory
+from nldist.train.audit import _graph
 from nldist.train.stages import _is_done, check_stages, stage_directories, stages_of
 from tests.contexts import open_context
 from tests.jobs import DIGITS, output, run_job
@@ -72,6 +74,14 @@ def load_labels(run_dir: Path) -> np.ndarray:
 
     config = load_config(run_dir / "config.yaml")
     return Index.open(config.data.root, "train").labels(config.data.label_set)
+
+
+def test_the_audit_finds_the_neighbours_of_the_run_s_own_stages(undisturbed: Path, digits: Path) -> None:
+    run, index = RunDirectory(undisturbed), Index.open(digits, "train")
+    graph = _graph(run.config(), index)
+    np.testing.assert_array_equal(graph, np.load(stage(undisturbed, "mine") / "tables" / "neighbours.npy"))
+    assert _graph(run.config(["mine.k=9"]), index) is None
+    assert _graph(run.config(["method.name=dividemix"]), index) is None
 
 
 def test_each_stage_alone_killed_and_started_again_ends_with_the_same_weights(
