@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nldist.data.columns import numbers, read_columns
 from nldist.errors import UserError
 from nldist.files import replacing
 
@@ -131,7 +132,7 @@ class Index:
 
     def key_column(self) -> pa.ChunkedArray:
         """The keys of all samples, by id: text (N,), some 100 bytes each in memory."""
-        return _read_columns(self._parquet, ["key"])["key"]
+        return read_columns(self._parquet, ["key"])["key"]
 
     def label_sets(self) -> list[str]:
         """Names of the other label sets of this split."""
@@ -191,20 +192,12 @@ class Index:
 
 
 def _read_labels(path: Path, num_samples: int, num_classes: int) -> np.ndarray:
-    table = _read_columns(path, ["id", "label"])
-    ids, labels = _numbers(table.column("id")), _numbers(table.column("label"))
+    table = read_columns(path, ["id", "label"])
+    ids, labels = numbers(table.column("id")), numbers(table.column("label"))
     if not np.array_equal(ids, np.arange(num_samples)):
         raise UserError(f"{path}: must hold every id from 0 to {num_samples - 1} once, in order")
     _check_range(path, "label", labels, num_classes)
     return labels.astype(np.int32)
-
-
-def _numbers(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """A column as an array. `to_numpy`, which finds a place for nulls, too, imports pandas: seconds in each process."""
-    whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    is_plain = pa.types.is_integer(column.type) and not column.null_count
-    found: np.ndarray = np.from_dlpack(whole) if is_plain else column.to_numpy()
-    return found
 
 
 def _reopen(root: Path, split: str, cache_dir: Path | None, labels_dir: Path | None, stamp: str) -> Index:
@@ -249,14 +242,6 @@ def _read_facts(root: Path) -> dict[str, Any]:
     return dict(facts)
 
 
-def _read_columns(path: Path, columns: list[str]) -> pa.Table:
-    try:
-        with pq.ParquetFile(path) as file:  # `pq.read_table` imports pandas
-            return file.read(columns=columns).select(columns)
-    except (OSError, pa.ArrowException, KeyError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-
-
 def _read_keys(parquet: Path, wanted: np.ndarray) -> list[str]:
     """The keys of the ids `wanted`, from the row groups that hold them."""
     with pq.ParquetFile(parquet) as file:
@@ -289,11 +274,11 @@ def _write_records(parquet: Path, target: Path, index: Index) -> None:
             out = np.lib.format.open_memmap(target, "w+", RECORD, (num_rows,))
             row = 0
             for batch in file.iter_batches(_ROWS_PER_READ, columns=["id", *names], use_threads=False):
-                ids = _numbers(batch.column("id"))
+                ids = numbers(batch.column("id"))
                 if not np.array_equal(ids, np.arange(row, row + len(ids))):
                     raise UserError(f"{parquet}: ids must be 0 to {num_rows - 1} in order")
                 for name in names:
-                    out[name][row : row + len(ids)] = _numbers(batch.column(name))
+                    out[name][row : row + len(ids)] = numbers(batch.column(name))
                 row += len(ids)
     except (OSError, pa.ArrowException, KeyError) as error:
         raise UserError(f"{parquet}: cannot be read as an index ({error})") from error
