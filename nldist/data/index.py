@@ -66,9 +66,8 @@ class Index:
     ) -> "Index":
         """Open the split `split` of the data set in the directory `root`.
 
-        The first process to open a split writes its columns beside `index.parquet` as a file that can be
-        mapped, or into `cache_dir` where the data set is read-only. From then on opening takes milliseconds. Label
-        sets may also lie in `labels_dir`, which is laid out as the data set is.
+        The first process to open a split writes its columns beside `index.parquet` as a file to be mapped, or into
+        `cache_dir` where the data set is read-only. Label sets may also lie in `labels_dir`, laid out alike.
 
         Raises:
             UserError: there is no such data set or split, or its files contradict each other.

@@ -55,7 +55,8 @@ def audit(run_dir: Path, out: Path | None, num_images: int, overrides: Sequence[
         f"{total.least:,} to {total.most:,}), {found.samples.when}"
     )
     folder = out or run_dir / "audit"
-    _check_own(folder)
+    if out is not None:
+        _check_own(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         duplicates, size = _write(folder, run, config, found, num_images)

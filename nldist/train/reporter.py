@@ -149,23 +149,19 @@ class Reporter:
 
         `margins` (owned,) are known at the end of the run.
         """
-        context, gather = self._context, self._context.world.all_gather
-        clean, suggested = gather(verdicts.clean_probability), gather(verdicts.suggested)
-        margin = np.full(len(clean), np.nan, np.float32) if margins is None else gather(margins)
-        if self._is_main and not np.isnan(clean).all():
-            about = context.config.data.label_set, num_epochs, self._method.num_epochs
-            Samples(context.labels, clean, suggested, margin, *about).write(self._run.path, context.train)
+        samples = _gathered(self._context, verdicts, margins, (num_epochs, self._method.num_epochs))
+        if self._is_main and not np.isnan(samples.clean_probability).all():
+            samples.write(self._run.path, self._context.train)
 
     def end(self, record: Mapping[str, Any]) -> None:
         """Leave what a person or a script reads: the curve of the scores, and at last the summary."""
-        context, path, score = self._context, self._run.path, self._method.score
         if not self._is_main:
             return
         self._score_curve(record["scores"])
-        summary = {"stage": self._stage, **facts(context), **summarise(score, record)}
+        summary = {"stage": self._stage, **facts(self._context), **summarise(self._method.score, record)}
         self._run.write_summary(summary)
-        self._tracker.artifact(path / "summary.json")
-        self.say(closing_line(path, summary))
+        self._tracker.artifact(self._run.path / "summary.json")
+        self.say(closing_line(self._run.path, summary))
         if self._tracker.open_command:
             self.say(f"MLflow: {self._tracker.open_command}")
 
@@ -180,6 +176,14 @@ class Reporter:
         epochs, values = zip(*points, strict=True)
         plots.curves(path, {self._run.path.name: (epochs, values)}, ylabel=f"{label}{unit}", title=f"{label} by epoch")
         self._tracker.artifact(path, "plots")
+
+
+def _gathered(context: Context, verdicts: Verdicts, margins: np.ndarray | None, epochs: tuple[int, int]) -> Samples:
+    """What all ranks know of the labels. A collective."""
+    gather = context.world.all_gather
+    clean, suggested = gather(verdicts.clean_probability), gather(verdicts.suggested)
+    margin = np.full(len(clean), np.nan, np.float32) if margins is None else gather(margins)
+    return Samples(context.labels, clean, suggested, margin, context.config.data.label_set, *epochs)
 
 
 def _what_changes(context: Context, size_before: int) -> str:
