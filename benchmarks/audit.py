@@ -11,7 +11,7 @@ benchmarks/results/audit-DATE.json.
 
 import argparse
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -28,7 +28,7 @@ from input import prepare
 from nldist.config.file import parse_config
 from nldist.data.index import RECORD, Index
 from nldist.data.samples import Samples
-from nldist.errors import main_guard
+from nldist.errors import UserError, main_guard
 from nldist.run.directory import RunDirectory
 from tests.browser import CHROMIUM, browser, opened
 
@@ -50,24 +50,31 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="nldist-audit-") as folder:
         run = make_run(Path(folder), options.num_samples)
-        command = [sys.executable, "-m", "nldist.cli", "audit", str(run), "--images", str(NUM_IMAGES)]
-        seconds = []
-        for _ in range(options.repeats):
-            began = time.perf_counter()
-            subprocess.run(command, check=True)
-            seconds.append(time.perf_counter() - began)
+        turns = [audit(run) for _ in range(options.repeats)]
+        seconds = [turn[0] for turn in turns]
         page = run / "audit" / "index.html"
         results = {
             "num_samples": options.num_samples,
             "seconds": seconds,
             "median_seconds": statistics.median(seconds),
-            "peak_memory_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
+            "peak_memory_gib": max(turn[1] for turn in turns),
             "page_mib": page.stat().st_size / 2**20,
             "labels_csv_mib": (run / "audit" / "labels.csv").stat().st_size / 2**20,
             "first_view_seconds": first_views(page, options.repeats) if CHROMIUM else None,
         }
     print(json.dumps(results, indent=2))
     print(f"recorded in {record.write('audit', ['pyarrow', 'numpy', 'jinja2'], results)}")
+
+
+def audit(run: Path) -> tuple[float, float]:
+    """Seconds and peak memory in GiB of the command."""
+    command = [sys.executable, "-m", "nldist.cli", "audit", str(run), "--images", str(NUM_IMAGES)]
+    began = time.perf_counter()
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise UserError(f"{' '.join(command)} ended with status {status}")
+    return time.perf_counter() - began, usage.ru_maxrss / 2**20
 
 
 def make_run(folder: Path, num_samples: int) -> Path:

@@ -100,7 +100,7 @@ class Samples:
         """
         file = run_dir / SAMPLES_FILE
         try:
-            table = pq.read_table(file).sort_by("id")
+            table = pq.read_table(file)
         except FileNotFoundError:
             raise UserError(f"{file} is missing: the run says nothing about labels yet") from None
         except (OSError, pa.ArrowException) as error:
@@ -110,7 +110,7 @@ class Samples:
             raise UserError(f"{file} is of an nldist before 0.2, which did not say what its labels are; train again")
         if about["classes"] != index.classes:
             raise UserError(f"{run_dir} was trained on other classes (or another order of them) than {index.root} has")
-        if not table["key"].equals(index.key_column()):
+        if not table["key"].equals(index.key_column()):  # in the order of ids, as it is written
             raise UserError(f"{run_dir} was trained on other samples than {index.root / index.split} has")
         return cls(
             table["label"].to_numpy().astype(np.int32),
