@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from nldist.data.samples import Samples
 from nldist.run.directory import RunDirectory
 from tests.browser import Opened, browser, needs_browser, opened
 from tests.conftest import run_tool
+from tests.file_server import FileServer
 from tests.jobs import DIGITS, run_job
 from tests.mlflow_server import client
 
@@ -299,6 +301,46 @@ def test_duplicates_are_shown_some_of_each_and_told_in_full(copies: Path, chromi
         assert len(twins) == 2
         assert [card.get_attribute("data-mark") for card in twins] == ["unsure", "unsure"]
         assert found.problems == []
+
+
+@pytest.fixture
+def remote(copies: Path) -> Iterator[Path]:
+    """The same run, whose shards are on a real HTTP server that is named with a password and a signature."""
+    root = copies.parent / "data"
+    served = copies.parent / "served"
+    served.mkdir()
+    dataset = json.loads((root / "dataset.json").read_text())
+    with FileServer(served) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for shard in dataset["splits"]["train"]["shards"]:
+            name = Path(shard["path"]).name
+            (root / shard["path"]).rename(served / name)
+            shard["path"] = f"http://me:secret@127.0.0.1:{server.server_port}/{name}?X-Signature=secret"
+        (root / "dataset.json").write_text(json.dumps(dataset))
+        yield copies
+        server.shutdown()
+
+
+def test_shards_elsewhere_are_read_through_the_cache_and_their_secrets_stay_there(
+    remote: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cached = f"data.cache_dir={tmp_path / 'cache'}"
+    assert main([str(remote), "--images", "20", cached]) == 0
+    page = remote / "audit" / "index.html"
+    assert len(json.loads(data_of(page))["pictures"]) >= 20
+    told = "".join(capfd.readouterr())
+    for text in (page.read_text(), (remote / "audit" / "labels.csv").read_text(), told):
+        assert "secret" not in text
+    assert main([str(remote)]) == 2
+    told = capfd.readouterr().err
+    assert "data.cache_dir" in told
+    assert "secret" not in told
+    for served in (remote.parent / "served").iterdir():
+        served.unlink()
+    assert main([str(remote), f"data.cache_dir={tmp_path / 'other'}"]) == 2
+    told = capfd.readouterr().err
+    assert "cannot be copied" in told
+    assert "secret" not in told
 
 
 def test_files_that_are_not_of_a_report_stay(copies: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,7 +110,7 @@ class ShardCache:
 
 
 def _copy(url: str, path: Path, sha256: str | None) -> None:
-    digest = hashlib.sha256()
+    digest, place = hashlib.sha256(), without_secrets(url)
     try:
         with replacing(path) as aside:
             with aside.open("wb") as out, webdataset.gopen(url, "rb") as stream:
@@ -118,6 +118,7 @@ def _copy(url: str, path: Path, sha256: str | None) -> None:
                     digest.update(block)
                     out.write(block)
             if sha256 is not None and digest.hexdigest() != sha256:
-                raise UserError(f"shard {url}: what arrived differs from what dataset.json names (SHA-256)")
+                raise UserError(f"shard {place}: what arrived differs from what dataset.json names (SHA-256)")
     except (OSError, ValueError) as error:
-        raise UserError(f"shard {url}: cannot be copied to {path.parent} ({error})") from error
+        reason = str(error).replace(url, place)
+        raise UserError(f"shard {place}: cannot be copied to {path.parent} ({reason})") from None

@@ -169,7 +169,8 @@ class _OpenShards:
         place = self._index.shards[shard]
         if is_url(place):
             if self._cache is None:
-                raise UserError(f"{place} is remote: set data.cache_dir to a directory for copies of such shards")
+                remote = without_secrets(place)
+                raise UserError(f"{remote} is remote: set data.cache_dir to a directory for copies of such shards")
             return self._cache.open(place, self._index.shard_digests[shard])
         try:
             return os.open(place, os.O_RDONLY)

@@ -3,9 +3,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,31 +13,13 @@ from nldist.data.plan import sweep
 from nldist.data.stream import Stream
 from nldist.errors import UserError
 from tests.data.make import decode_id, make_dataset
-
-
-class _Server(ThreadingHTTPServer):
-    def __init__(self, directory: Path) -> None:
-        requests: list[str] = []
-
-        class Handler(SimpleHTTPRequestHandler):
-            def __init__(self, *args: Any) -> None:
-                super().__init__(*args, directory=str(directory))
-
-            def log_request(self, *_: object) -> None:
-                requests.append(self.path)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.requests = requests
-        self.url = f"http://127.0.0.1:{self.server_port}"
+from tests.file_server import FileServer
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[_Server]:
+def server(tmp_path: Path) -> Iterator[FileServer]:
     (tmp_path / "served").mkdir()
-    with _Server(tmp_path / "served") as server:
+    with FileServer(tmp_path / "served") as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -62,7 +42,7 @@ def _open_and_close(cache: ShardCache, url: str) -> bytes:
     return data
 
 
-def test_the_least_recently_used_copies_go_first(server: _Server, tmp_path: Path) -> None:
+def test_the_least_recently_used_copies_go_first(server: FileServer, tmp_path: Path) -> None:
     _serve_files(tmp_path, 5)
     cache = ShardCache(tmp_path / "cache", max_bytes=3000)
     for i in (0, 1, 2, 0, 3, 0, 4):
@@ -71,7 +51,7 @@ def test_the_least_recently_used_copies_go_first(server: _Server, tmp_path: Path
     assert server.requests == ["/0.tar", "/1.tar", "/2.tar", "/3.tar", "/4.tar"]
 
 
-def test_copies_in_use_stay(server: _Server, tmp_path: Path) -> None:
+def test_copies_in_use_stay(server: FileServer, tmp_path: Path) -> None:
     _serve_files(tmp_path, 3)
     cache = ShardCache(tmp_path / "cache", max_bytes=1000)
     file = cache.open(f"{server.url}/0.tar")
@@ -89,7 +69,7 @@ def _open_at_once(cache: ShardCache, url: str, start: "multiprocessing.synchroni
     assert _open_and_close(cache, url) == bytes(1000)
 
 
-def test_processes_that_want_one_shard_copy_it_once(server: _Server, tmp_path: Path) -> None:
+def test_processes_that_want_one_shard_copy_it_once(server: FileServer, tmp_path: Path) -> None:
     _serve_files(tmp_path, 1)
     cache = ShardCache(tmp_path / "cache", max_bytes=10**6)
     context = multiprocessing.get_context("fork")
@@ -104,7 +84,7 @@ def test_processes_that_want_one_shard_copy_it_once(server: _Server, tmp_path: P
     assert server.requests == ["/0.tar"]
 
 
-def test_what_cannot_be_copied_is_named_and_leaves_nothing(server: _Server, tmp_path: Path) -> None:
+def test_what_cannot_be_copied_is_named_and_leaves_nothing(server: FileServer, tmp_path: Path) -> None:
     _serve_files(tmp_path, 1)
     cache = ShardCache(tmp_path / "cache", max_bytes=10**6)
     with pytest.raises(UserError, match=rf"shard {server.url}/9\.tar: cannot be copied to .*cache"):
@@ -118,7 +98,7 @@ def test_what_cannot_be_copied_is_named_and_leaves_nothing(server: _Server, tmp_
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_stream_reads_remote_shards_through_the_cache(server: _Server, tmp_path: Path, num_workers: int) -> None:
+def test_a_stream_reads_remote_shards_through_the_cache(server: FileServer, tmp_path: Path, num_workers: int) -> None:
     root = make_dataset(tmp_path / "served" / "set", [20, 3, 30])
     facts = json.loads((root / "dataset.json").read_text())
     for shard in facts["splits"]["train"]["shards"]:
