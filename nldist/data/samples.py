@@ -13,6 +13,7 @@ from nldist.data.index import Index
 from nldist.errors import UserError
 from nldist.files import replacing
 
+_CLASS_SHARE = 0.5  # of a class's mean margin: it is small where a class is hard, and where its labels are wrong
 _PRIOR = 20  # labels: a class with fewer has hardly a mean of its own
 SAMPLES_FILE = Path("tables", "samples.parquet")  # in a run directory
 
@@ -53,7 +54,7 @@ class Samples:
     def order(self) -> np.ndarray:
         """Ids of all samples that it judges, the most doubtful label first, int64.
 
-        By the margin, less the mean margin of the given class (docs/audit.md); before the run's end, when margins are
+        By the margin, less half the mean margin of the given class (docs/audit.md); before the run's end, when margins are
         not known, and where they are the same, by the probability to be right.
         """
         judged = ~np.isnan(self.clean_probability)
@@ -61,7 +62,7 @@ class Samples:
             ids: np.ndarray = np.flatnonzero(judged)
             return ids[np.argsort(self.clean_probability[ids], kind="stable")]
         ids = np.flatnonzero(judged & ~np.isnan(self.margin))
-        relative = self.margin[ids] - self._mean_margins()[self.given[ids]]
+        relative = self.margin[ids] - _CLASS_SHARE * self._mean_margins()[self.given[ids]]
         return ids[np.lexsort((self.clean_probability[ids], relative))]
 
     def _mean_margins(self) -> np.ndarray:
