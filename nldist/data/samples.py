@@ -54,8 +54,8 @@ class Samples:
     def order(self) -> np.ndarray:
         """Ids of all samples that it judges, the most doubtful label first, int64.
 
-        By the margin, less half the mean margin of the given class (docs/audit.md); before the run's end, when margins are
-        not known, and where they are the same, by the probability to be right.
+        By the margin, less half the mean margin of the given class (docs/audit.md); before the run's end, when margins
+        are not known, and where they are the same, by the probability to be right.
         """
         judged = ~np.isnan(self.clean_probability)
         if not self.ended:
