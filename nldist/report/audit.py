@@ -64,8 +64,7 @@ class Audit:
         self.rank = np.full(len(samples.given), len(self.order) + 1)
         self.rank[self.order] = np.arange(1, len(self.order) + 1)
         self.unseen = np.flatnonzero(self.rank > len(self.order))
-        with np.errstate(invalid="ignore"):
-            doubtful = samples.clean_probability < WRONG
+        doubtful = samples.clean_probability < WRONG
         self.wrong = doubtful & (samples.suggested != samples.given) & (samples.suggested >= 0)
 
     def total(self) -> Count:

@@ -61,7 +61,7 @@ def audit(run_dir: Path, out: Path | None, num_images: int, overrides: Sequence[
         folder.mkdir(parents=True, exist_ok=True)
         duplicates, size = _write(folder, run, config, found, num_images)
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{folder} cannot be written ({error})") from None
     unread = "images not read" if found.samples.ended else "images not judged yet, or not readable"
     yield f"{duplicates:,} groups of duplicates with different labels, {len(found.unseen):,} {unread}"
     yield f"{folder / 'index.html'} ({size / 2**20:.1f} MiB), {', '.join(_FILES[1:])}"

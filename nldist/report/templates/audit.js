@@ -84,7 +84,7 @@
         event.preventDefault();
       }
     });
-    cardsOf.set(item.key, [...(cardsOf.get(item.key) || []).filter((other) => other.card.isConnected), Object.assign(show, { card: made })]);
+    cardsOf.set(item.key, [...(cardsOf.get(item.key) || []), Object.assign(show, { card: made })]);
     show();
     return made;
   };
@@ -111,6 +111,7 @@
     const pages = Math.max(1, Math.ceil(shown.length / PAGE));
     page = Math.min(Math.max(to, 0), pages - 1);
     cards.replaceChildren(...shown.slice(page * PAGE, (page + 1) * PAGE).map(card));
+    for (const [key, shows] of cardsOf) cardsOf.set(key, shows.filter((show) => show.card.isConnected));
     byId("page").textContent = `page ${page + 1} of ${pages}`;
     byId("before").disabled = page === 0;
     byId("after").disabled = page === pages - 1;
