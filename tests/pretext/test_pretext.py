@@ -48,7 +48,8 @@ def test_killed_and_resumed_ends_with_the_same_weights_and_measures(
     assert run_job(cut, *arguments, world_size=world_size) == [0] * world_size
     assert output(cut).count("resumed from") == len(kills)
     resumed = [line.split()[2] for line in output(cut).splitlines() if line.startswith("resumed from")]
-    assert resumed[-1].startswith("e0001-p01-s000000000"), "the k-NN passes start again"
+    trained = "e0001-p00-s000000012" if name == "simclr" else "e0001-p00-s000000008"
+    assert resumed[-1].startswith(trained), "nothing is saved of the k-NN passes: they start again"
     assert_same_weights(directory(whole), directory(cut))
     records = epoch_records(directory(whole))
     assert ["knn_accuracy" in record for record in records] == [False, True]
