@@ -64,7 +64,7 @@ def evaluation_pass(run_dir: Path, config: Config, index: Index) -> None:
     world, saved = World.single(), RunDirectory(run_dir).load_weights("last")
     index.classes = saved["classes"]  # a matrix of confusion for all of them
     context = Context(config, "evaluate", config.recipe, world, Data(index, index, index.label, None))
-    run_pass(context, EvaluationPass(context, Classifier(saved, config, world.device).logits))
+    run_pass(context, EvaluationPass(context, Classifier(saved, config, world.device).predictors()))
 
 
 def table(run_dir: Path, out: Path, **what: Any) -> None:

@@ -83,6 +83,7 @@ def test_dry_run_counts_every_copy_of_the_weights(digits: Path, capsys: pytest.C
         (["engine.name=deepspeed", "engine.config=nowhere.json"], "engine.config nowhere.json cannot be read"),
         (["data.label_set=sym99"], "sym50"),
         (["data.eval_split=tset"], "tset"),
+        (["data.test_split=tset"], "tset"),
         (["model.name=preact_resnet81"], "preact_resnet18"),
         (["train.epoch=3"], "train.epochs"),
         (["method.tau=0.6"], "method.dividemix.tau"),

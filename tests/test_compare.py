@@ -172,6 +172,12 @@ def test_runs_are_grouped_by_all_that_decides_but_the_seed() -> None:
     assert text[1].split()[1:] == shown
     assert text[3].split() == ["mixup", "1", "71.00", "70.00", "-", "60", "1,234", "2"]
     assert len({len(line) for line in text}) == 1
+    for run, accuracy in zip(runs, (80.0, 82.0), strict=False):
+        run.summary["test"] = {"split": "test", "chosen": {"accuracy": accuracy}}
+    with_test = as_text([row(group) for group in groups]).splitlines()
+    assert with_test[0].split()[4:9] == ["last", "%", "test", "%", "split"]
+    assert with_test[1].split()[9:13] == ["81.00", "±", "1.41", "0.980"]
+    assert with_test[3].split() == ["mixup", "1", "71.00", "70.00", "-", "-", "60", "1,234", "2"]
 
 
 def test_a_bar_in_a_name_is_no_column() -> None:

@@ -12,6 +12,7 @@ from nldist.config.file import load_config, parse_config
 from nldist.config.marks import FREE, LATER, deciding, naming
 from nldist.data.views import View
 from nldist.errors import UserError
+from nldist.methods.build import METHODS
 from nldist.models.build import model_names
 from nldist.run.directory import RunDirectory
 from tests.conftest import REPOSITORY
@@ -94,13 +95,14 @@ def test_the_views_of_the_stages_make_square_images_of_one_size(path: Path) -> N
     config = load_config(path)
     assert config.pretext is not None
     assert config.cluster is not None
-    sizes = torch.tensor([[32, 32]] * 2 if config.model.name == "resnet18_cifar" else [[300, 260], [240, 400]])
+    side = {"cifar10": 32, "cifar100": 32, "animal10n": 64}.get(path.parent.name)
+    sizes = torch.tensor([[side, side]] * 2 if side else [[300, 260], [240, 400]])
     images = torch.zeros(2, 3, *sizes.amax(0).tolist(), dtype=torch.uint8)
     for view in (config.pretext.view, config.cluster.view):
         shape = View(config.view(view), config.data.mean, config.data.std)(
             images, sizes, torch.arange(2), (0, 0, 0)
         ).shape
-        assert shape[2] == shape[3] in (32, 224)
+        assert shape[2] == shape[3] == (side or 224)
 
 
 # ScanMix, 4.2 and the authors' code; lambda_u: DivideMix's table, which the paper refers to.
@@ -216,12 +218,32 @@ def test_the_full_runs_differ_from_the_published_ones_only_where_they_say_so() -
         return {key for key in first if first[key] != second[key]}
 
     assert differing("clothing1m/dividemix", "clothing1m/dividemix-full") == {
-        *("run.dir", "optim.milestones", "train.epochs", "train.autocast", "method.dividemix.subset"),
+        *("run.dir", "optim.milestones", "train.epochs", "train.autocast"),
+        *("method.dividemix.subset", "method.dividemix.warmup_subset"),
     }
     assert differing("webvision/mini-dividemix", "webvision/full-dividemix") == {
         *("run.dir", "data.root", "data.window", "optim.lr_rule_epochs", "optim.milestones"),
         *("train.epochs", "train.autocast", "method.dividemix.warmup_epochs"),
     }
+
+
+@pytest.mark.parametrize(
+    ("folder", "prefix"),
+    [
+        ("cifar10", ""),
+        ("cifar100", ""),
+        ("animal10n", ""),
+        ("clothing1m", ""),
+        ("webvision", "mini-"),
+        ("webvision", "full-"),
+    ],
+)
+def test_every_data_set_has_every_method(folder: str, prefix: str) -> None:
+    for name in (*METHODS, "sanm"):
+        config = load_config(CONFIGS / folder / f"{prefix}{name}.yaml")
+        assert (config.method.name, config.method.ssl) == (
+            (name, "mixmatch") if name in METHODS else ("dividemix", name)
+        )
 
 
 # Includes and overrides
@@ -396,6 +418,11 @@ def test_a_configuration_is_fixed_once_read(small: Path) -> None:
         config.train.epochs = 3  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("word", ["off", "'off'", "bf16"])
+def test_a_word_that_yaml_takes_for_false(word: str, small: Path) -> None:
+    assert load_config(small, [f"train.autocast={word}"]).train.autocast == word.strip("'")
+
+
 # What may change between the starts of a run
 
 
@@ -409,7 +436,7 @@ def test_the_free_settings_are_those_that_change_nothing_that_is_learnt() -> Non
     assert "engine.zero_stage" in sections
     assert free(config) == sections | {
         *("run.dir", "run.stages_dir", "data.root", "data.num_workers", "data.cache_dir", "data.cache_gib"),
-        "data.labels_dir",
+        *("data.labels_dir", "data.test_split"),
         *("train.checkpoint_every_steps", "train.keep_checkpoints", "mine.block"),
         *("pretext.knn_every", "pretext.knn_k", "pretext.knn_samples"),
     }

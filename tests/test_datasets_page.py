@@ -1,5 +1,6 @@
 """The commands of docs/datasets.md on data sets made small; then every configuration opens what they wrote."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from nldist.config import Config
 from nldist.config.file import load_config
 from nldist.data.index import Index
 from nldist.passes.data import Data
@@ -76,3 +78,44 @@ def test_every_configuration_opens_its_data_set(place: Path, path: Path, monkeyp
     data = Data.open(config.data)
     assert data.train.classes == data.evaluation.classes
     assert len(data.train) > len(data.train.shards)
+
+
+def small(config: Config) -> list[str]:
+    """What makes a configuration a matter of seconds: sizes, numbers of epochs, and the network; no other setting."""
+    method, size = config.method, 2 * len(Index.open(config.data.root, config.data.train_split).classes)
+    settings = ["model.name=small_cnn", "model.pretrained=null", "train.epochs=2", "data.num_workers=0"]
+    settings += ["train.batch_size=8", "train.eval_batch_size=16", "optim.milestones=[1]", "train.autocast=off"]
+    if config.optim.restart_epochs is not None:
+        settings.append("optim.restart_epochs=1")
+    epochs = ["dividemix.warmup_epochs", "mixnn.warmup_epochs", "mixnn.turning_epoch", "selc.turning_epoch"]
+    epochs += ["co_teaching_plus.warmup_epochs", "forward.estimate_epochs", "pencil.warmup_epochs"]
+    epochs += ["m_correction.warmup_epochs", "mixnn.update_every", "mixnn.refresh_epochs", "lend.history_from"]
+    settings += [f"method.{name}=1" for name in epochs] + ["method.pencil.correction_epochs=0", "method.lend.k=2"]
+    settings += [
+        f"method.{section}.{name}={size}" for section, name in SUBSETS if getattr(getattr(method, section), name)
+    ]
+    if method.name == "scanmix":
+        settings += ["method.scanmix.batch_size=8", "pretext.epochs=1", "pretext.batch_size=8", "pretext.queue=16"]
+        settings += ["mine.k=2", "cluster.epochs=1", "cluster.batch_size=8", "pretext.optim.lr_rule_epochs=0"]
+    return settings
+
+
+SUBSETS = [("dividemix", "subset"), ("dividemix", "warmup_subset"), ("mixnn", "subset"), ("selc", "subset")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_two_epochs_of_every_configuration(place: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    labels = []
+    if load_config(path).data.label_set is not None:
+        labels.append("data.label_set=" + ("worst" if "cifar10/" in str(path) else "noisy100"))
+    run_dir = place / "runs" / path.parent.name / path.stem
+    settings = [*small(load_config(path)), *labels, f"run.dir={run_dir}", "run.stages_dir=null", "track.enabled=false"]
+    for command in ("dry-run", "train"):
+        done = nldist(command, path, *settings, "dist.device=cpu", "dist.num_threads=1")
+        assert done.code == 0, done.err
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["accuracy"]["best"] >= 0
+    assert (summary.get("test") is not None) == (path.parent.name == "clothing1m")
+    assert torch.load(run_dir / "weights" / "best.pt", weights_only=True)["classes"]

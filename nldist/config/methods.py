@@ -41,6 +41,7 @@ class DivideMixMethod(Section):
     subset: int | None = Field(
         None, ge=2, description="class-balanced samples drawn per network and epoch (Clothing1M); none = all"
     )
+    warmup_subset: int | None = Field(None, ge=2, description="the same for the epochs of the warm-up; none = all")
 
 
 ViewName = Literal["weak", "strong", "by_noise"]

@@ -31,7 +31,12 @@ class DataSection(Section):
 
     root: Annotated[File, FREE] = Field(description="data set directory made by tools/shard.py (holds dataset.json)")
     train_split: Name = Field("train", description="split to train on")
-    eval_split: Name = Field("test", description="split that accuracy is measured on after every epoch")
+    eval_split: Name = Field(
+        "test", description="split that accuracy is measured on after every epoch, which chooses weights/best.pt"
+    )
+    test_split: Annotated[Name | None, FREE] = Field(
+        None, description="split that is measured, too, and chooses nothing; at the end with weights/best.pt once more"
+    )
     label_set: Name | None = Field(None, description="labels to train with; none = the labels in the shards")
     labels_dir: Annotated[File | None, FREE] = Field(
         None,

@@ -1,8 +1,8 @@
 """How a network is trained."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from nldist.config.marks import FREE, LATER
 from nldist.config.section import Section
@@ -51,6 +51,11 @@ class OptimSection(Section):
         return self
 
 
+def _off(value: Any) -> Any:
+    """An unquoted off is false in YAML."""
+    return "off" if value is False else value
+
+
 class TrainSection(Section):
     """Length, batches, precision and checkpoints."""
 
@@ -59,7 +64,14 @@ class TrainSection(Section):
         128, ge=4, description="samples per step, rank and network; DivideMix: half labelled, half unlabelled"
     )
     eval_batch_size: int = Field(512, ge=1, description="samples per step and rank in sweeps and evaluation")
-    autocast: Literal["off", "bf16"] = Field("off", description="precision of the forward and backward pass")
+    autocast: Annotated[Literal["off", "bf16"], BeforeValidator(_off)] = Field(
+        "off", description="precision of the forward and backward pass"
+    )
+    best: Literal["together", "each"] = Field(
+        "together",
+        description="weights/best.pt holds the networks of the epoch that is best for all together, or each network "
+        "of its own best epoch",
+    )
     ema_decay: float | None = Field(None, gt=0, lt=1, description="evaluate averaged weights with this decay per step")
     checkpoint_every_steps: Annotated[int, FREE] = Field(
         1000, ge=0, description="also within an epoch; 0 = at epoch ends only"

@@ -38,8 +38,9 @@ class DivideMix(Method):
         super().__init__(context)
         self.settings = context.config.method.dividemix
         least = max(context.train.num_classes, 4 * context.world.size)
-        if self.settings.subset is not None and self.settings.subset < least:
-            raise UserError(f"method.dividemix.subset={self.settings.subset} is too small: set {least} or more")
+        for name in ("subset", "warmup_subset"):
+            if (num_samples := getattr(self.settings, name)) is not None and num_samples < least:
+                raise UserError(f"method.dividemix.{name}={num_samples} is too small: set {least} or more")
         self.stale: nn.Module | None = None  # network 0 as it was before this epoch, for peers=parallel
         history = context.config.method.mixture.history
         LossSweep.add_columns(context, "0", "1")
@@ -69,7 +70,15 @@ class DivideMix(Method):
 
     def _warmup(self, epoch: int) -> list[Pass]:
         return [
-            SupervisedPass(self.context, n, engine, epoch, self._all_loss, self.warmup_view)
+            SupervisedPass(
+                self.context,
+                n,
+                engine,
+                epoch,
+                self._all_loss,
+                self.warmup_view,
+                self._subset(epoch, n, self.settings.warmup_subset),
+            )
             for n, engine in enumerate(self.engines)
         ]
 
@@ -103,7 +112,7 @@ class DivideMix(Method):
                     {name: logits[name]},
                     self.divide,
                     name=f"sweep{name}",
-                    population=self._subset(epoch, int(name)),
+                    population=self._subset(epoch, int(name), self.settings.subset),
                 )
                 for name in logits
             ]
@@ -112,12 +121,13 @@ class DivideMix(Method):
     def _logits(self, engine: Engine, images: Tensor) -> Tensor:
         return engine.infer(images, "classify")[0]
 
-    def _subset(self, epoch: int, number: int) -> np.ndarray:
-        """A fresh class-balanced subset for each network and epoch (docs/dividemix.md, "Two forms")."""
-        assert self.settings.subset is not None
+    def _subset(self, epoch: int, number: int, num_samples: int | None) -> np.ndarray | None:
+        """A fresh class-balanced subset for each network and epoch (docs/dividemix.md, "Two forms"); None: all."""
+        if num_samples is None:
+            return None
         seed = self.context.seed(f"net{number}", "subset")
         num_classes = self.context.train.num_classes
-        return balanced(self.context.labels, self.settings.subset, seed=seed, epoch=epoch, num_classes=num_classes)
+        return balanced(self.context.labels, num_samples, seed=seed, epoch=epoch, num_classes=num_classes)
 
     def divide(self, sweep: LossSweep) -> Metrics:
         """The mixture over each network's losses (section 3.1) gives every sample its clean probability."""

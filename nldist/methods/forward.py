@@ -15,6 +15,7 @@ from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.files import replacing
 from nldist.methods.cross_entropy import cross_entropy
+from nldist.models.network import Predictor
 from nldist.passes.base import Metrics, Pass
 from nldist.passes.context import Context
 from nldist.passes.method import Method, Phase
@@ -77,9 +78,9 @@ class Forward(Method):
         """See Method."""
         return super().weights()[-1:]
 
-    def logits(self, images: Tensor) -> Tensor:
+    def predictors(self) -> list[Predictor]:
         """See Method."""
-        return self.engines[-1].evaluate(images, "classify")[0]
+        return super().predictors()[-1:]
 
     def state_dict(self) -> dict[str, Any]:
         """See Method."""

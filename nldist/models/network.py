@@ -1,5 +1,6 @@
 """A network: a backbone and named heads."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from nldist.dist.engine import Backbone, Call
 _ATTRIBUTES = {"classify": "head", "cluster": "cluster_head", "project": "projector", "reconstruct": "decoder"}
 _OF_MAPS = {"maps", "reconstruct"}  # outputs that need no pooled features
 _OLD_KEYS = (("classifier.", ""), ("heads.", "cluster_head."))  # beginnings that nldist 0.1 wrote in checkpoints
+
+# Gives the logits (b, C) of normalised images (b, 3, h, w).
+Predictor = Callable[[Tensor], Tensor]
 
 
 class Network(nn.Module):

@@ -24,7 +24,7 @@ class Pass(ABC):
     So `plan` may depend on nothing that the pass itself changes.
     """
 
-    split: ClassVar[str] = "train"
+    split: str = "train"  # or "evaluation", "test"
     trains: ClassVar[bool] = True
     name: str
     batch: dict[str, int]  # role -> samples per step and rank, at most

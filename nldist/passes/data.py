@@ -22,12 +22,14 @@ class Data:
         evaluation: those that accuracy is measured on, with their labels.
         labels: (N,) the labels to train with.
         clean: (N,) true labels where known; only to measure.
+        test: those that are measured, too, and choose nothing.
     """
 
     train: Index
     evaluation: Index
     labels: np.ndarray
     clean: np.ndarray | None
+    test: Index | None = None
 
     @classmethod
     def open(cls, settings: DataSection) -> "Data":
@@ -38,11 +40,13 @@ class Data:
         """
         train = Index.open(settings.root, settings.train_split, settings.cache_dir, settings.labels_dir)
         evaluation = Index.open(settings.root, settings.eval_split, settings.cache_dir)
-        if train.classes != evaluation.classes:
-            splits = f"splits {settings.train_split} and {settings.eval_split}"
-            raise UserError(f"{settings.root}: {splits} have different classes")
+        test = Index.open(settings.root, settings.test_split, settings.cache_dir) if settings.test_split else None
+        for index in (evaluation, test):
+            if index is not None and train.classes != index.classes:
+                splits = f"splits {settings.train_split} and {index.split}"
+                raise UserError(f"{settings.root}: {splits} have different classes")
         clean = train.labels(settings.clean_label_set) if settings.clean_label_set in train.label_sets() else None
-        return cls(train, evaluation, train.labels(settings.label_set), clean)
+        return cls(train, evaluation, train.labels(settings.label_set), clean, test)
 
     def check(self, world: World) -> None:
         """Refuse (UserError) what this world cannot train on together. A collective."""

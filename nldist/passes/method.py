@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from nldist.config import Config, Recipe
 from nldist.config.marks import naming
 from nldist.dist.engine import Engine
+from nldist.models.network import Predictor
 from nldist.passes.base import Pass
 from nldist.passes.context import Context
 from nldist.passes.data import Data
@@ -73,8 +75,9 @@ class Method(ABC):
         return sum(phase.num_epochs for phase in self.phases())
 
     def evaluation(self, epoch: int) -> list[Pass]:
-        """The passes that measure at an epoch's end: by default the accuracy of `logits`."""
-        return [EvaluationPass(self.context, self.logits)]
+        """The passes that measure at an epoch's end: by default accuracy."""
+        splits = ["evaluation", *(["test"] if self.context.data.test is not None else [])]
+        return [EvaluationPass(self.context, self.predictors(), split) for split in splits]
 
     def verdicts(self) -> Verdicts | None:
         """What it says of the labels; None: nothing, and the losses of its networks are to say it."""
@@ -84,9 +87,13 @@ class Method(ABC):
         """What weights/*.pt holds: the state of each network that is evaluated."""
         return [engine.evaluated.state_dict() for engine in self.engines]
 
+    def predictors(self) -> list[Predictor]:
+        """Of each network that `weights` has, in the evaluation view."""
+        return [partial(_logits, engine) for engine in self.engines]
+
     def logits(self, images: Tensor) -> Tensor:
         """Logits (b, C) for prediction: the sum over the networks (DivideMix's code)."""
-        return torch.stack([engine.evaluate(images, "classify")[0] for engine in self.engines]).sum(0)
+        return torch.stack([predict(images) for predict in self.predictors()]).sum(0)
 
     @property
     def extra_bytes(self) -> int:
@@ -110,6 +117,10 @@ class Method(ABC):
         """Load what `rank_state_dict` gave on the same rank."""
         for engine, engine_state in zip(self.engines, state["engines"], strict=True):
             engine.load_rank_state_dict(engine_state)
+
+
+def _logits(engine: Engine, images: Tensor) -> Tensor:
+    return engine.evaluate(images, "classify")[0]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from nldist.dist.engine import Engine
 from nldist.errors import UserError
 from nldist.losses import agreement
 from nldist.models import Network
+from nldist.models.network import Predictor
 from nldist.passes.base import Batches, Metrics, Pass
 from nldist.passes.context import Context
 from nldist.passes.data import Data
@@ -84,11 +85,11 @@ class Scan(Method):
 
     def evaluation(self, epoch: int) -> list[Pass]:
         """See Method."""
-        return [ValidationPass(self), ClusterEvaluationPass(self.context, self.logits)]
+        return [ValidationPass(self), ClusterEvaluationPass(self.context, self.predictors())]
 
-    def logits(self, images: Tensor) -> Tensor:
-        """Logits (b, C) of the best head."""
-        return self.all_logits(images)[:, self.best_head]
+    def predictors(self) -> list[Predictor]:
+        """The best head."""
+        return [lambda images: self.all_logits(images)[:, self.best_head]]
 
     def all_logits(self, images: Tensor) -> Tensor:
         """Logits (b, num_heads, C), in eval mode, no gradient."""

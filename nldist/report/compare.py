@@ -18,7 +18,7 @@ from nldist.run.status import METRICS_FILE, read_summary
 _SEED = "run.seed"
 _NAME = "method.name"
 _ALONE = "run"  # the directory of a run whose settings are not known
-_HEAD = ("method", "seeds", "best %", "last %", "split AUC", "seconds", "images/s", "ranks")
+_HEAD = ("method", "seeds", "best %", "last %", "test %", "split AUC", "seconds", "images/s", "ranks")
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,17 @@ def _name(run: Finished, others: Sequence[Finished]) -> str:
 
 
 def row(group: Group) -> dict[str, Any]:
-    """Means over a group's seeds, and the sample deviations of both accuracies (percent; None of one run)."""
+    """Means over a group's seeds, and the sample deviations of accuracies (percent; None of one run)."""
     summaries = [run.summary for run in group.runs]
     values: dict[str, Any] = {"method": group.name, "seeds": [summary.get("seed") for summary in summaries]}
     for name in ("best", "last"):
         scores = [summary["accuracy"][name] for summary in summaries]
         values |= {name: statistics.fmean(scores), f"{name}_deviation": _deviation(scores)}
+    tested = [summary["test"]["chosen"]["accuracy"] for summary in summaries if summary.get("test")]
+    values |= {
+        "test": statistics.fmean(tested) if tested else None,
+        "test_deviation": _deviation(tested),
+    }
     areas = [summary["split"]["auc"] for summary in summaries if (summary["split"] or {}).get("auc") is not None]
     values["split_auc"] = statistics.fmean(areas) if areas else None
     for name in ("seconds", "images_per_second"):
@@ -114,6 +119,7 @@ def _cells(values: Mapping[str, Any]) -> tuple[str, ...]:
         values["method"],
         str(len(values["seeds"])),
         *(_with_deviation(values[name], values[f"{name}_deviation"]) for name in ("best", "last")),
+        "-" if values["test"] is None else _with_deviation(values["test"], values["test_deviation"]),
         "-" if values["split_auc"] is None else f"{values['split_auc']:.3f}",
         f"{values['seconds']:,.0f}",
         f"{values['images_per_second']:,.0f}",
@@ -127,12 +133,19 @@ def _with_deviation(mean: float, deviation: float | None) -> str:
 
 def as_text(rows: Iterable[Mapping[str, Any]]) -> str:
     """The rows as aligned text."""
-    lines = [_HEAD, *map(_cells, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]
+    lines = _lines(rows)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(_align(line, widths) for line in lines)
 
 
-def _align(cells: tuple[str, ...], widths: list[int]) -> str:
+def _lines(rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """The head, and the rows' cells, without the column of the test split where no run has one."""
+    rows = list(rows)
+    without = None if any(values["test"] is not None for values in rows) else _HEAD.index("test %")
+    return [[cell for n, cell in enumerate(line) if n != without] for line in (_HEAD, *map(_cells, rows))]
+
+
+def _align(cells: Sequence[str], widths: list[int]) -> str:
     """The first cell to the left, the others to the right."""
     first, *rest = cells
     return "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
@@ -140,7 +153,8 @@ def _align(cells: tuple[str, ...], widths: list[int]) -> str:
 
 def as_markdown(rows: Iterable[Mapping[str, Any]]) -> str:
     """The rows as a table in Markdown."""
-    lines = [_HEAD, ("---", *["---:"] * (len(_HEAD) - 1)), *map(_cells, rows)]
+    head, *body = _lines(rows)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     escaped = ([cell.replace("|", r"\|") for cell in line] for line in lines)
     return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 

@@ -1,6 +1,7 @@
 """A run's networks as one classifier."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from nldist.config import Config
 from nldist.data.manifest import sharded_resize
 from nldist.data.stream import Batch
 from nldist.data.views import View
+from nldist.models.network import Network, Predictor
 from nldist.run.directory import networks_of
 
 
@@ -36,13 +38,19 @@ class Classifier:
         """The logits (b, C) of a batch of b > 0 images."""
         return self.logits(self.view(batch.images, batch.sizes, batch.draws, ()))
 
-    @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """The sum of the networks' logits (b, C), float32, of images in the evaluation view (b, 3, h, w)."""
         images = images.contiguous(memory_format=self._format)
+        return torch.stack([predict(images) for predict in self.predictors()]).sum(0)
+
+    def predictors(self) -> list[Predictor]:
+        """Each network's, in float32."""
+        return [partial(self._logits, network) for network in self._networks]
+
+    @torch.no_grad()
+    def _logits(self, network: Network, images: Tensor) -> Tensor:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
-            logits = [network.logits(images) for network in self._networks]
-        return torch.stack([one.float() for one in logits]).sum(0)
+            return network.logits(images.contiguous(memory_format=self._format)).float()
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The softmax (b, C) of the mean of the networks' logits, of which `logits` (b, C) is the sum."""

@@ -1,7 +1,8 @@
 """What summary.json holds, and the lines that tell of an epoch and of the end."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from nldist.run.status import clock
 
 LAST_EPOCHS = 10  # "last" of the field's tables: the mean of these (DivideMix's code)
+_FURTHER = re.compile(r"(test_)?accuracy(_top5|\d+)|test_accuracy")
 _QUALITY = ("split_auc", "split_precision", "split_recall", "labelled_share")
 
 
@@ -23,20 +25,41 @@ def quality(metrics: Mapping[str, Any]) -> dict[str, float]:
     return means
 
 
+def measured(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The further accuracies among an epoch's metrics: top-5, of each network alone, on the test split."""
+    return {name: value for name, value in metrics.items() if _FURTHER.fullmatch(name)}
+
+
 def summarise(score: str, record: Mapping[str, Any]) -> dict[str, Any]:
     """What a run's record comes to; accuracies in percent. `score` is the metric of its scores."""
     split = record["quality"]
-    measured = [value for value in record["scores"] if not math.isnan(value)]
-    last = measured[-LAST_EPOCHS:]
-    scores = {"best": max(measured), "last": sum(last) / len(last), "final": measured[-1]} if measured else None
+    top5 = _over_epochs(record["measured"].get("accuracy_top5", []))
     return {
         "epochs": len(record["scores"]),
-        score: scores,
+        score: _over_epochs(record["scores"]),
+        **({"accuracy_top5": top5} if top5 else {}),
         "split": {name.removeprefix("split_"): split.get(name) for name in _QUALITY} if split else None,
         "num_bad_records": record["num_bad"],
         "seconds": record["seconds"],
         "images_per_second": record["train_images"] / max(record["train_seconds"], 1e-9),
     }
+
+
+def on_test(split: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the test split says: by epoch as the evaluation split, and `chosen`, of weights/best.pt at the end."""
+    found = {name: _over_epochs(record["measured"].get(f"test_{name}", [])) for name in ("accuracy", "accuracy_top5")}
+    return {
+        "split": split,
+        **{name: values for name, values in found.items() if values},
+        "chosen": {name.removeprefix("test_"): value for name, value in record["chosen"].items()},
+    }
+
+
+def _over_epochs(values: Iterable[float]) -> dict[str, float] | None:
+    """Of a value by epoch: the best, the mean of the last ones, the last; None where none was measured."""
+    known = [value for value in values if not math.isnan(value)]
+    last = known[-LAST_EPOCHS:]
+    return {"best": max(known), "last": sum(last) / len(last), "final": known[-1]} if known else None
 
 
 def epoch_line(
@@ -59,6 +82,8 @@ def closing_line(run_dir: Path, summary: Mapping[str, Any]) -> str:
         if summary.get(name):
             best, last = summary[name]["best"], summary[name]["last"]
             parts.append(f"{name.replace('_', ' ')} best {best:.2f}, last {last:.2f} (mean of the last epochs),")
+    if test := summary.get("test"):
+        parts.append(f"{test['chosen']['accuracy']:.2f} on {test['split']} (weights/best.pt),")
     if summary["images_per_second"]:
         parts.append(f"{summary['images_per_second']:,.0f} img/s,")
     return " ".join([*parts, f"{run_dir}/summary.json"])

@@ -56,6 +56,8 @@ def _data_lines(context: Context) -> Iterator[str]:
     labels = config.data.label_set or "as given"
     yield f"train       {len(train):,} samples in {len(train.shards)} shards; labels: {labels}"
     yield f"evaluation  {len(test):,} samples in {len(test.shards)} shards (split {test.split})"
+    if (further := context.data.test) is not None:
+        yield f"test        {len(further):,} samples in {len(further.shards)} shards (split {further.split})"
     if context.clean is not None:
         wrong = float((context.clean != context.labels).mean())
         yield f"noise       {wrong:.1%} of the labels differ from label set {config.data.clean_label_set}"

@@ -34,7 +34,8 @@ def evaluate(
     """Evaluate weights/WEIGHTS.pt of a run; leaves evaluation-SPLIT-WEIGHTS.json and a plot in the run directory.
 
     Returns:
-        accuracy, accuracy_top5 (percent), num_evaluated, and accuracy by class.
+        accuracy, accuracy_top5 (percent), of two networks accuracy0 and accuracy1 of each alone, num_evaluated, and
+        accuracy by class.
 
     Raises:
         UserError: no such run, weights or split.
@@ -64,7 +65,7 @@ def evaluate(
 
 def _evaluation(run: RunDirectory, config: Config, world: World, split: str, weights: str) -> EvaluationPass:
     context = _context(config, world, split)
-    return EvaluationPass(context, _logits(run, weights, context))
+    return EvaluationPass(context, _classifier(run, weights, context).predictors())
 
 
 def _context(config: Config, world: World, split: str) -> Context:
@@ -75,12 +76,11 @@ def _context(config: Config, world: World, split: str) -> Context:
     return Context(config, "evaluate", config.recipe, world, Data(index, index, index.label, None))
 
 
-def _logits(run: RunDirectory, weights: str, context: Context) -> Output:
-    """The sum of the logits of a run's networks."""
+def _classifier(run: RunDirectory, weights: str, context: Context) -> Classifier:
     saved, root = run.load_weights(weights), context.config.data.root
     if saved["classes"] != context.train.classes:
         raise UserError(f"{run.path} has learnt other classes (or another order of them) than {root} has")
-    return Classifier(saved, context.config, context.world.device).logits
+    return Classifier(saved, context.config, context.world.device)
 
 
 class _Labelling(Sweep):
@@ -106,6 +106,6 @@ def labels_of(run_dir: Path, weights: Literal["last", "best"], data_root: Path, 
     config = run.config([f"data.root={data_root}", "data.on_bad=refuse"])
     with World.start(**config.dist.model_dump()) as world:
         context = _context(config, world, split)
-        task = _Labelling(context, _logits(run, weights, context))
+        task = _Labelling(context, _classifier(run, weights, context).logits)
         run_pass(context, task)
         return task.predicted.gather()

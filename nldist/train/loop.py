@@ -11,9 +11,10 @@ from nldist.dist.stop import Stop
 from nldist.dist.stop_check import StopCheck
 from nldist.errors import UserError
 from nldist.passes.base import Pass
+from nldist.passes.evaluate import EvaluationPass
 from nldist.passes.method import Method, Phase
 from nldist.passes.sweep import ClosingSweep
-from nldist.run.summary import quality
+from nldist.run.summary import measured, quality
 from nldist.train.meter import Meter, Watch
 from nldist.train.progress import Progress
 from nldist.train.reporter import Reporter
@@ -44,7 +45,7 @@ class Trainer:
         if progress.position.epoch >= num_epochs and self.reporter.is_complete():
             return Stop.NONE
         if num_epochs == 0:
-            progress.save_weights(0, math.nan)
+            progress.save_weights(0, {})
         for epoch in range(progress.position.epoch, num_epochs):
             began, phase = time.perf_counter(), self._phase(epoch)
             passes: list[Pass] = [*phase.passes(epoch), *self.method.evaluation(epoch)]
@@ -52,8 +53,10 @@ class Trainer:
                 if not self._run_pass(task, f"{self.reporter.title(epoch)} {phase.name}"):
                     return self._stop
             self._end_epoch(epoch, phase, time.perf_counter() - began)
-        if self.method.uses_labels:
+        if self.method.uses_labels and progress.position.pass_index == 0:
             self._closing_sweep()
+        if self.method.uses_labels and not self._stop and self.context.data.test is not None:
+            self._measure_best()
         if not self._stop:
             self.reporter.end(progress.record)
         return self._stop
@@ -142,11 +145,13 @@ class Trainer:
         metrics, record["epoch"] = record["epoch"] | {"phase": phase.name}, {}
         score = float(metrics.get(self.method.score, math.nan))
         record["scores"].append(score)
+        for name, value in measured(metrics).items():
+            record["measured"].setdefault(name, []).append(value)
         record["quality"] = quality(metrics)
         self.reporter.epoch(epoch, metrics, record, seconds)
         if (verdicts := self.method.verdicts()) is not None:
             self.reporter.samples(verdicts, epoch + 1)
-        self.progress.save_weights(epoch + 1, score)
+        self.progress.save_weights(epoch + 1, metrics)
         self._save(Position(epoch + 1))
 
     def _closing_sweep(self) -> None:
@@ -156,3 +161,9 @@ class Trainer:
         if self._run_pass(task, "at the end"):
             record["quality"] = quality(record["epoch"]) or record["quality"]
             self.reporter.samples(task.verdicts, self.method.num_epochs, task.margins)
+
+    def _measure_best(self) -> None:
+        """What the networks that the evaluation split has chosen come to on the test split."""
+        task = EvaluationPass(self.context, self.progress.best().predictors(), "test")
+        if self._run_pass(task, "weights/best.pt"):
+            self.progress.record["chosen"] = measured(self.progress.record["epoch"])

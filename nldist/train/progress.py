@@ -2,9 +2,11 @@
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from nldist import __version__
 from nldist.data.manifest import sharded_resize
@@ -12,6 +14,7 @@ from nldist.dist.checkpoint import Checkpoints, Position
 from nldist.errors import UserError
 from nldist.models import model_revision
 from nldist.passes.method import Method
+from nldist.run.classifier import Classifier
 from nldist.run.directory import RunDirectory
 from nldist.train.meter import Meter
 
@@ -45,6 +48,8 @@ class Progress:
             "scores": [],  # the method's score, by epoch; NaN where it was not measured
             "epoch": {},  # metrics of the present epoch's finished passes
             "quality": {},  # of the latest division
+            "measured": {},  # further accuracies by name, of the epochs that have them
+            "chosen": {},  # what weights/best.pt comes to on the test split
         }
         self.num_bad_before = 0  # in the present pass before it was resumed
         self.resumed = self._resume()
@@ -57,7 +62,7 @@ class Progress:
             return None
         self.position, shared, rank = self._checkpoints.load(path, self._context.table)
         self._method.load_state_dict(shared["method"])
-        self.record = shared["record"]
+        self.record |= shared["record"]
         if rank is not None:
             self._method.load_rank_state_dict(rank["method"])
             self.meter, self.num_bad_before = Meter(rank["meter"]), rank["num_bad"]
@@ -95,8 +100,8 @@ class Progress:
                     optim, where = "optim", ", in another run.dir"
                 raise UserError(f"{name} has become {value}: lower {optim}.lr or set {optim}.clip_norm{where}")
 
-    def save_weights(self, num_epochs: int, score: float) -> None:
-        """Keep the weights after an epoch with this score as the last ones, and as the best if they are."""
+    def save_weights(self, num_epochs: int, metrics: Mapping[str, Any]) -> None:
+        """Keep the weights after an epoch with these metrics as the last ones, and the better ones as the best."""
         if not self._context.world.is_main:
             return
         weights, name, train = self._method.weights(), self._context.config.model.name, self._context.train
@@ -107,8 +112,36 @@ class Progress:
             "classes": train.classes,
             "resize": sharded_resize(train.root, train.split),  # for images that are not sharded
             "epoch": num_epochs,
-            self._method.score: score,
+            self._method.score: metrics.get(self._method.score, math.nan),
         }
         self._run.save_weights("last", weights, facts)
-        if not math.isnan(score) and score >= np.nanmax(self.record["scores"]):
+        better = self._better(metrics, len(weights))
+        if any(better):
+            if self._chooses_each(len(weights)):
+                weights, facts["epoch"] = self._merged(weights, num_epochs, better)
             self._run.save_weights("best", weights, facts)
+
+    def _chooses_each(self, num_networks: int) -> bool:
+        return self._context.config.train.best == "each" and num_networks > 1
+
+    def _better(self, metrics: Mapping[str, Any], num_networks: int) -> list[bool]:
+        """Of each network: whether weights/best.pt is to have it as it is now."""
+        each = self._chooses_each(num_networks)
+        names = [f"accuracy{number}" if each else self._method.score for number in range(num_networks)]
+        before = self.record["measured"] | {self._method.score: self.record["scores"]}
+        return [name in metrics and metrics[name] >= np.nanmax(before[name]) for name in names]
+
+    def _merged(
+        self, weights: list[dict[str, Tensor]], num_epochs: int, better: list[bool]
+    ) -> tuple[list[dict[str, Tensor]], list[int]]:
+        """The networks that are better now, and the others from weights/best.pt; the epoch of each."""
+        if all(better):
+            return weights, [num_epochs] * len(weights)
+        saved = self._run.load_weights("best")
+        pairs = zip(better, weights, saved["networks"], strict=True)
+        epochs = [num_epochs if now else epoch for now, epoch in zip(better, saved["epoch"], strict=True)]
+        return [new if now else old for now, new, old in pairs], epochs
+
+    def best(self) -> Classifier:
+        """The networks of weights/best.pt."""
+        return Classifier(self._run.load_weights("best"), self._context.config, self._context.world.device)

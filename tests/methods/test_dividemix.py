@@ -170,7 +170,7 @@ def sweep_and_divide(world: World, digits: Path, weights: dict[str, Tensor], sub
         engine.model.load_state_dict(weights)
     task = task_of(method, 10, "sweep0" if subset else "sweep")
     metrics = run_pass(method.context, task)
-    accuracy = run_pass(method.context, EvaluationPass(method.context, method.logits))["accuracy"]
+    accuracy = run_pass(method.context, EvaluationPass(method.context, method.predictors()))["accuracy"]
     mixture = task.splits()["net0"].mixture
     assert mixture is not None
     clean = method.context.table["clean0"].gather()
