@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nldist.config.methods import DivideMixMethod
 from nldist.data.plan import balanced
 from nldist.data.views import View
 from nldist.dist.engine import Engine
@@ -37,10 +38,7 @@ class DivideMix(Method):
         self.ssl = SSL_PASSES[context.config.method.ssl]
         super().__init__(context)
         self.settings = context.config.method.dividemix
-        least = max(context.train.num_classes, 4 * context.world.size)
-        for name in ("subset", "warmup_subset"):
-            if (num_samples := getattr(self.settings, name)) is not None and num_samples < least:
-                raise UserError(f"method.dividemix.{name}={num_samples} is too small: set {least} or more")
+        _check_subsets(self.settings, max(context.train.num_classes, 4 * context.world.size))
         self.stale: nn.Module | None = None  # network 0 as it was before this epoch, for peers=parallel
         history = context.config.method.mixture.history
         LossSweep.add_columns(context, "0", "1")
@@ -102,7 +100,7 @@ class DivideMix(Method):
         return self.context.train_view
 
     def _divide(self, epoch: int) -> list[Pass]:
-        logits = {str(n): partial(self._logits, engine) for n, engine in enumerate(self.engines)}
+        logits = {str(n): partial(_logits, engine) for n, engine in enumerate(self.engines)}
         if self.settings.subset is None:
             sweeps = [LossSweep(self.context, logits, self.divide)]
         else:
@@ -117,9 +115,6 @@ class DivideMix(Method):
                 for name in logits
             ]
         return [*sweeps, self.ssl(self, 0, epoch), self.ssl(self, 1, epoch)]
-
-    def _logits(self, engine: Engine, images: Tensor) -> Tensor:
-        return engine.infer(images, "classify")[0]
 
     def _subset(self, epoch: int, number: int, num_samples: int | None) -> np.ndarray | None:
         """A fresh class-balanced subset for each network and epoch (docs/dividemix.md, "Two forms"); None: all."""
@@ -185,3 +180,13 @@ class DivideMix(Method):
         if state["stale"] is not None:
             self.stale = copy.deepcopy(self.engines[0].model)
             self.stale.load_state_dict(state["stale"])
+
+
+def _check_subsets(settings: DivideMixMethod, least: int) -> None:
+    for name in ("subset", "warmup_subset"):
+        if (num_samples := getattr(settings, name)) is not None and num_samples < least:
+            raise UserError(f"method.dividemix.{name}={num_samples} is too small: set {least} or more")
+
+
+def _logits(engine: Engine, images: Tensor) -> Tensor:
+    return engine.infer(images, "classify")[0]

@@ -93,17 +93,11 @@ class Context:
         optim = self.recipe.optim
         return learning_rate(optim, epoch, max(self.recipe.epochs, 1), batch_factor(optim, self.global_batch))
 
-    def index(self, split: str) -> Index:
-        """The images of "train", "evaluation" or "test"."""
-        index = {"train": self.data.train, "evaluation": self.data.evaluation, "test": self.data.test}[split]
-        assert index is not None
-        return index
-
     def stream(self, split: str, plan: Plan, start_step: int = 0) -> Stream:
         """The batches of a plan over the split "train" (with the labels to train with), "evaluation" or "test"."""
         data = self.config.data
         return Stream(
-            self.index(split),
+            self.data.index(split),
             self.labels if split == "train" else None,
             plan,
             num_workers=data.num_workers,

@@ -48,6 +48,12 @@ class Data:
         clean = train.labels(settings.clean_label_set) if settings.clean_label_set in train.label_sets() else None
         return cls(train, evaluation, train.labels(settings.label_set), clean, test)
 
+    def index(self, split: str) -> Index:
+        """The images of "train", "evaluation" or "test"."""
+        index = {"train": self.train, "evaluation": self.evaluation, "test": self.test}[split]
+        assert index is not None
+        return index
+
     def check(self, world: World) -> None:
         """Refuse (UserError) what this world cannot train on together. A collective."""
         check_size(len(self.train), world.size)

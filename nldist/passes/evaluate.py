@@ -27,7 +27,7 @@ class EvaluationPass(Pass):
         self.context, self._predictors, self.split = context, predictors, split
         self.name, self._prefix = ("test", "test_") if split == "test" else ("evaluate", "")
         self.batch = {"all": context.config.train.eval_batch_size}
-        self.num_samples = len(context.index(split))
+        self.num_samples = len(context.data.index(split))
 
     def plan(self) -> Plan:
         """See Pass."""
@@ -64,7 +64,7 @@ class EvaluationPass(Pass):
         confusion, top5, right = map(world.all_reduce, (self.confusion, self._top5, self._right))
         total = int(confusion.sum())
         if total == 0:
-            raise UserError(f"split {self.context.index(self.split).split} has no readable image to evaluate on")
+            raise UserError(f"split {self.context.data.index(self.split).split} has no readable image to evaluate on")
         counts = {"accuracy": int(confusion.trace()), "accuracy_top5": int(top5)}
         if len(right) > 1:
             counts |= {f"accuracy{number}": count for number, count in enumerate(right.tolist())}

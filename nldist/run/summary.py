@@ -30,7 +30,7 @@ def measured(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if _FURTHER.fullmatch(name)}
 
 
-def summarise(score: str, record: Mapping[str, Any]) -> dict[str, Any]:
+def summarise(score: str, record: Mapping[str, Any], test_split: str | None) -> dict[str, Any]:
     """What a run's record comes to; accuracies in percent. `score` is the metric of its scores."""
     split = record["quality"]
     top5 = _over_epochs(record["measured"].get("accuracy_top5", []))
@@ -38,6 +38,7 @@ def summarise(score: str, record: Mapping[str, Any]) -> dict[str, Any]:
         "epochs": len(record["scores"]),
         score: _over_epochs(record["scores"]),
         **({"accuracy_top5": top5} if top5 else {}),
+        **(_on_test(test_split, record) if record["chosen"] else {}),
         "split": {name.removeprefix("split_"): split.get(name) for name in _QUALITY} if split else None,
         "num_bad_records": record["num_bad"],
         "seconds": record["seconds"],
@@ -45,14 +46,12 @@ def summarise(score: str, record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def on_test(split: str, record: Mapping[str, Any]) -> dict[str, Any]:
+def _on_test(split: str | None, record: Mapping[str, Any]) -> dict[str, Any]:
     """What the test split says: by epoch as the evaluation split, and `chosen`, of weights/best.pt at the end."""
     found = {name: _over_epochs(record["measured"].get(f"test_{name}", [])) for name in ("accuracy", "accuracy_top5")}
-    return {
-        "split": split,
-        **{name: values for name, values in found.items() if values},
-        "chosen": {name.removeprefix("test_"): value for name, value in record["chosen"].items()},
-    }
+    chosen = {name.removeprefix("test_"): value for name, value in record["chosen"].items()}
+    by_epoch = {name: values for name, values in found.items() if values}
+    return {"test": {"split": split, **by_epoch, "chosen": chosen}}
 
 
 def _over_epochs(values: Iterable[float]) -> dict[str, float] | None:

@@ -19,7 +19,7 @@ from nldist.passes.method import Method, Verdicts
 from nldist.report import plots
 from nldist.run.directory import RunDirectory
 from nldist.run.status import StatusFile
-from nldist.run.summary import closing_line, epoch_line, on_test, summarise
+from nldist.run.summary import closing_line, epoch_line, summarise
 from nldist.track.tracker import Tracker
 from nldist.train.meter import Watch, peak_memory_gib
 from nldist.train.progress import Progress
@@ -158,9 +158,8 @@ class Reporter:
         if not self._is_main:
             return
         self._score_curve(record["scores"])
-        summary = {"stage": self._stage, **facts(self._context), **summarise(self._method.score, record)}
-        if (test := self._context.data.test) is not None and record["chosen"]:
-            summary["test"] = on_test(test.split, record)
+        found = summarise(self._method.score, record, self._context.config.data.test_split)
+        summary = {"stage": self._stage, **facts(self._context), **found}
         self._run.write_summary(summary)
         self._tracker.artifact(self._run.path / "summary.json")
         self.say(closing_line(self._run.path, summary))
