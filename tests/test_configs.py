@@ -436,7 +436,7 @@ def test_the_free_settings_are_those_that_change_nothing_that_is_learnt() -> Non
     assert "engine.zero_stage" in sections
     assert free(config) == sections | {
         *("run.dir", "run.stages_dir", "data.root", "data.num_workers", "data.cache_dir", "data.cache_gib"),
-        *("data.labels_dir", "data.test_split"),
+        *("data.labels_dir", "data.test_split", "data.decoded_cache_gib"),
         *("train.checkpoint_every_steps", "train.keep_checkpoints", "mine.block"),
         *("pretext.knn_every", "pretext.knn_k", "pretext.knn_samples"),
     }

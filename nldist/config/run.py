@@ -57,6 +57,11 @@ class DataSection(Section):
         None, description="node-local directory for copies of remote shards"
     )
     cache_gib: Annotated[float, FREE] = Field(100.0, gt=0, description="size limit of cache_dir in GiB")
+    decoded_cache_gib: Annotated[float, FREE] = Field(
+        0.0,
+        ge=0,
+        description="splits whose decoded images fit so many GiB are decoded once, and kept in cache_dir or /tmp",
+    )
 
 
 class ViewsSection(Section):

@@ -5,6 +5,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,13 @@ def decoded(data: bytearray | memoryview) -> Tensor:
     if image.dtype == torch.uint16:  # a PNG file of 16 bits
         return (image.int() // 257).to(torch.uint8)
     return image
+
+
+def reduced(sizes: np.ndarray, max_side: int) -> np.ndarray:
+    """Heights and widths, int64 (b, 2), after longer sides are reduced to `max_side`."""
+    longest = sizes.max(axis=1, keepdims=True, initial=1)
+    fewer = np.maximum(np.rint(sizes * (max_side / longest)), 1).astype(np.int64)
+    return np.where(longest > max_side, fewer, sizes)
 
 
 def _decoder() -> Any:

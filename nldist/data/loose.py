@@ -11,11 +11,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from nldist.data.decode import DecodeError, decoded
+from nldist.data.decode import DecodeError, decoded, reduced
 from nldist.data.make.images import BadImageError, Limits, is_plain_jpeg, normalise
 from nldist.data.make.keys import readable
 from nldist.data.make.sources.base import read_file
-from nldist.data.reader import Images, OnBad, parted, put, reduced, shrunk
+from nldist.data.reader import Images, OnBad, parted, put, shrunk
 
 _LIMITS = Limits()
 WHOLE = -1  # the size of what is a file of its own
@@ -162,7 +162,7 @@ def packed(
     shape = len(images), *(sizes.max(axis=0).tolist() if images else (1, 1)), 3
     pixels = allocate(shape) if allocate else torch.empty(shape, dtype=torch.uint8)
     for position, image in enumerate(images):
-        put(image, pixels[position])
+        put(image, pixels[position].numpy())
     return pixels, sizes
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from nldist.data.cache import ShardCache
+from nldist.data.decoded import DecodedCache
 from nldist.data.index import Index
 from nldist.data.loose import LooseImages, LooseReader
 from nldist.data.plan import Part, Plan
@@ -70,6 +71,7 @@ class Stream:
         on_bad: "skip" leaves damaged records out and counts them, "refuse" raises.
         max_side: larger images are reduced until their longer side has this many pixels.
         cache: where remote shards are copied.
+        decoded: where decoded images are kept; None: nowhere.
         prefetch: how many steps each worker works ahead.
 
     Attributes:
@@ -93,6 +95,7 @@ class Stream:
         on_bad: OnBad = "skip",
         max_side: int = 512,
         cache: ShardCache | None = None,
+        decoded: DecodedCache | None = None,
         prefetch: int = 2,
     ) -> None:
         self.device = device or torch.device("cpu")
@@ -105,7 +108,7 @@ class Stream:
         if isinstance(index, LooseImages):
             self._reader = LooseReader(index, on_bad, max_side)
         else:
-            self._reader = Reader(index, on_bad, max_side, cache)
+            self._reader = Reader(index, on_bad, max_side, cache, decoded)
         self._num_workers, self._prefetch = min(num_workers, len(self._steps)), prefetch
 
     def __len__(self) -> int:

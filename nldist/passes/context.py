@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from nldist.config import Config, Recipe
-from nldist.data.cache import ShardCache
 from nldist.data.index import Index
 from nldist.data.plan import Plan, balanced, shuffled, sweep
 from nldist.data.stream import Batch, Stream
@@ -21,7 +20,7 @@ from nldist.dist.table import SampleTable
 from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.models import Network, build_model
-from nldist.passes.data import Data
+from nldist.passes.data import Data, NodeCaches
 from nldist.randomness import seed_of
 
 
@@ -55,7 +54,7 @@ class Context:
             View(ops, data.mean, data.std) for ops in (self.recipe.train_view, self.recipe.eval_view)
         )
         self._views: dict[str, View] = {}
-        self._cache = ShardCache(data.cache_dir, int(data.cache_gib * 2**30)) if data.cache_dir else None
+        self._caches = NodeCaches(data)
 
     @property
     def train(self) -> Index:
@@ -95,9 +94,9 @@ class Context:
 
     def stream(self, split: str, plan: Plan, start_step: int = 0) -> Stream:
         """The batches of a plan over the split "train" (with the labels to train with), "evaluation" or "test"."""
-        data = self.config.data
+        data, index = self.config.data, self.data.index(split)
         return Stream(
-            self.data.index(split),
+            index,
             self.labels if split == "train" else None,
             plan,
             num_workers=data.num_workers,
@@ -105,7 +104,8 @@ class Context:
             start_step=start_step,
             on_bad=data.on_bad,
             max_side=data.max_side,
-            cache=self._cache,
+            cache=self._caches.shards,
+            decoded=self._caches.decoded(index),
         )
 
     def engine(

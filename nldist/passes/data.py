@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from nldist.config import DataSection
+from nldist.data.cache import ShardCache
+from nldist.data.decoded import DecodedCache, decoded_cache
 from nldist.data.index import Index
 from nldist.dist.world import World
 from nldist.errors import UserError
@@ -73,3 +75,25 @@ def check_size(num_samples: int, world_size: int) -> None:
     """Refuse (UserError) more ranks than there are pairs of training samples."""
     if num_samples < 2 * world_size:
         raise UserError(f"{num_samples} training samples are too few for {world_size} ranks; use fewer")
+
+
+class NodeCaches:
+    """What a node keeps of a data set: copies of remote shards, decoded images.
+
+    Attributes:
+        shards: the copies; None: there is no place for any.
+    """
+
+    def __init__(self, settings: DataSection) -> None:
+        place, self._settings = settings.cache_dir, settings
+        self.shards = ShardCache(place, int(settings.cache_gib * 2**30)) if place else None
+        self._decoded: dict[str, DecodedCache | None] = {}
+
+    def decoded(self, index: Index) -> DecodedCache | None:
+        """The decoded images of a split; None where they are not to be kept, or are too many."""
+        settings = self._settings
+        if index.split not in self._decoded and settings.decoded_cache_gib:
+            max_bytes = int(settings.decoded_cache_gib * 2**30)
+            cache = decoded_cache(index, settings.max_side, settings.cache_dir, max_bytes)
+            self._decoded[index.split] = cache
+        return self._decoded.get(index.split)
