@@ -2,35 +2,23 @@
 
 import fcntl
 import hashlib
+import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import webdataset
-
+from nldist.data.remote import RemoteFile, without_secrets
 from nldist.errors import UserError
 from nldist.files import replacing
 
-# webdataset's secure mode: no `pipe:` commands, no rewriting of addresses through the environment, no pickle.
-webdataset.utils.enforce_security = True
-
 _BLOCK = 1 << 20
+_TELL_SECONDS = 60.0  # how often a copy that takes long is told of
 
-
-def is_url(place: str) -> bool:
-    """Whether a shard's place is a URL, not a path."""
-    return "://" in place
-
-
-def without_secrets(place: str) -> str:
-    """A shard's place, to be told: of a URL without user, password and query."""
-    if not is_url(place):
-        return place
-    parts = urlsplit(place)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+_log = logging.getLogger(__name__)
 
 
 class ShardCache:
@@ -53,7 +41,7 @@ class ShardCache:
             raise UserError(f"data.cache_dir={cache_dir} cannot be made: {error.strerror}; set another one") from None
         self._opened: Counter[str] = Counter()
 
-    def open(self, url: str, sha256: str | None = None) -> int:
+    def open(self, url: str, sha256: str | None = None, num_bytes: int | None = None) -> int:
         """A file descriptor of the local copy of `url`, which is made first if need be.
 
         Call `closed` after closing it.
@@ -61,9 +49,10 @@ class ShardCache:
         Args:
             url: the remote shard.
             sha256: the digest that the copy must have, if known.
+            num_bytes: the size that it must have, if known.
 
         Raises:
-            UserError: the shard cannot be copied, or the copy has another digest.
+            UserError: the shard cannot be copied, or the copy has another digest or size.
         """
         path = self._path(url)
         while True:
@@ -72,7 +61,9 @@ class ShardCache:
                 break
             with self._locked(path.name):
                 if not path.exists():
-                    _copy(url, path, sha256)
+                    for left in self.cache_dir.glob(f".{path.name}.*.part"):  # by a process that was killed
+                        left.unlink(missing_ok=True)
+                    _copy(url, path, sha256, num_bytes)
             # It may be gone again, removed by another process: then it is copied again.
         os.utime(file)
         self._opened[path.name] += 1
@@ -109,16 +100,29 @@ class ShardCache:
                 excess -= size
 
 
-def _copy(url: str, path: Path, sha256: str | None) -> None:
+def _copy(url: str, path: Path, sha256: str | None, num_bytes: int | None) -> None:
     digest, place = hashlib.sha256(), without_secrets(url)
     try:
         with replacing(path) as aside:
-            with aside.open("wb") as out, webdataset.gopen(url, "rb") as stream:
-                while block := stream.read(_BLOCK):
+            with aside.open("wb") as out, RemoteFile(url, num_bytes) as shard:
+                for block in _told(shard, place):
                     digest.update(block)
                     out.write(block)
             if sha256 is not None and digest.hexdigest() != sha256:
-                raise UserError(f"shard {place}: what arrived differs from what dataset.json names (SHA-256)")
-    except (OSError, ValueError) as error:
-        reason = str(error).replace(url, place)
-        raise UserError(f"shard {place}: cannot be copied to {path.parent} ({reason})") from None
+                what = "what arrived differs from what dataset.json names (SHA-256); upload it again"
+                raise UserError(f"shard {place}: {what}")
+    except OSError as error:
+        what = "free some space, or set another data.cache_dir"
+        raise UserError(f"shard {place}: cannot be copied to {path.parent} ({error.strerror}); {what}") from None
+
+
+def _told(shard: RemoteFile, place: str) -> Iterator[bytes]:
+    """The blocks of a shard; of one that takes long it is told how far it is."""
+    begin = told = time.monotonic()
+    done = 0
+    while block := shard.read(_BLOCK):
+        yield block
+        done += len(block)
+        if (now := time.monotonic()) > told + _TELL_SECONDS:
+            told, megabytes = now, done / 1e6
+            _log.info("shard %s: %.0f MB copied, %.1f MB/s", place, megabytes, megabytes / (now - begin))

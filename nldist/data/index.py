@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nldist.data.columns import numbers, read_columns
+from nldist.data.remote import is_url
 from nldist.errors import UserError
 from nldist.files import replacing
 
@@ -55,6 +56,7 @@ class Index:
         shards = facts["splits"][split]["shards"]
         self.shards: list[str] = [_resolve(root, shard["path"]) for shard in shards]
         self.shard_digests: list[str | None] = [shard.get("sha256") for shard in shards]
+        self.shard_sizes: list[int | None] = [shard.get("num_bytes") for shard in shards]
         self._cache_dir, self._labels_dir = cache_dir, labels_dir
         self._parquet = root / split / "index.parquet"
         self._stamp = _stamp(self._parquet)
@@ -208,7 +210,7 @@ def _reopen(root: Path, split: str, cache_dir: Path | None, labels_dir: Path | N
 
 def _resolve(root: Path, path: str) -> str:
     """An absolute path, or a URL as it is."""
-    return path if "://" in path else str(root / path)
+    return path if is_url(path) else str(root / path)
 
 
 def _stamp(path: Path) -> str:

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nldist.data.cache import ShardCache, is_url, without_secrets
+from nldist.data.cache import ShardCache
 from nldist.data.decode import DecodeError, decoded, reduced
 from nldist.data.decoded import DecodedCache
 from nldist.data.index import RECORD, Index
+from nldist.data.remote import is_url, without_secrets
 from nldist.errors import UserError
 
 OnBad = Literal["skip", "refuse"]
@@ -190,7 +191,7 @@ class _OpenShards:
             if self._cache is None:
                 remote = without_secrets(place)
                 raise UserError(f"{remote} is remote: set data.cache_dir to a directory for copies of such shards")
-            return self._cache.open(place, self._index.shard_digests[shard])
+            return self._cache.open(place, self._index.shard_digests[shard], self._index.shard_sizes[shard])
         try:
             return os.open(place, os.O_RDONLY)
         except OSError as error:

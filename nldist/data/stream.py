@@ -27,6 +27,9 @@ from nldist.data.reader import OnBad, Reader
 from nldist.data.transfer import BufferPool, forget
 from nldist.errors import UserError
 
+# webdataset's secure mode: no `pipe:` commands, no rewriting of addresses through the environment, no pickle.
+webdataset.utils.enforce_security = True
+
 _log = logging.getLogger(__name__)
 
 

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from nldist.data.cache import without_secrets
 from nldist.data.index import Index
+from nldist.data.remote import without_secrets
 from nldist.data.samples import Samples
 from nldist.files import replacing
 

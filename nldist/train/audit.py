@@ -12,9 +12,10 @@ import numpy as np
 
 from nldist import __version__
 from nldist.config import Config
-from nldist.data.cache import ShardCache, is_url
+from nldist.data.cache import ShardCache
 from nldist.data.index import Index
 from nldist.data.reader import Reader
+from nldist.data.remote import is_url
 from nldist.data.samples import Samples
 from nldist.errors import UserError
 from nldist.estimate.graph import open_graph

@@ -1,13 +1,11 @@
 """Each raw layout is read as its owners wrote it, and foreign pickles are data, never code."""
 
 import functools
-import http.server
 import io
 import json
 import os
 import pickle
 import tarfile
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from nldist.data.make.writer import WriteOptions, write_split
 from nldist.errors import UserError
 from tests.data.conftest import CLASSES
 from tests.data.test_writer import run_tool, shard, stock_samples
+from tests.file_server import FileServer
 
 
 def listed(source: Any) -> dict[str, int]:
@@ -375,19 +374,9 @@ def test_compressed_tar_is_refused(tmp_path: Path) -> None:
 
 def test_tars_behind_a_url(tmp_path: Path) -> None:
     theirs, out = foreign(tmp_path / "theirs"), tmp_path / "out"
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(theirs)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        url = f"http://127.0.0.1:{server.server_port}/their-{{00..01}}.tar"
+    with FileServer(theirs) as server:
+        url = f"{server.url}/their-{{00..01}}.tar"
         assert index_tars(url, out, "train", IndexOptions()).num_samples == 6
         assert not verify(out).problems
         with pytest.raises(UserError):
             index_tars(url.replace("their", "none"), tmp_path / "none", "train", IndexOptions())
-    finally:
-        server.shutdown()
-        server.server_close()

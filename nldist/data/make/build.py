@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from nldist.data.make.finish import RECORD, Record, Rejected, ShardFacts, Summary, check_classes, rejected_of
 from nldist.data.make.lock import locked
 from nldist.data.manifest import read_dataset, write_json, writing
+from nldist.data.remote import is_url
 from nldist.errors import UserError
 
 
@@ -106,7 +107,7 @@ class Build:
         metadata = pq.read_schema(self._sidecar(number)).metadata
         path, num_samples, num_bytes, sha256, rejected = json.loads(metadata[b"facts"])
         local = self.root / path
-        if "://" not in path and (not local.exists() or local.stat().st_size != num_bytes):
+        if not is_url(path) and (not local.exists() or local.stat().st_size != num_bytes):
             return None
         return ShardFacts(path, num_samples, num_bytes, sha256, [Rejected(*entry) for entry in rejected])
 

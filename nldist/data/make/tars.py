@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, BinaryIO, cast
 
-from nldist.errors import UserError
+from nldist.data.remote import RemoteFile, is_url
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 BUFFER = 2**20
@@ -111,7 +111,7 @@ class TarReader:
 class _HashingFile:
     """Counts and hashes what is read, and remembers where the last byte that is not zero ended."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO | RemoteFile) -> None:
         self._file = file
         self.num_bytes = self.end_of_content = 0
         self.digest = hashlib.sha256()
@@ -139,11 +139,5 @@ def _target(link: tarfile.TarInfo) -> str:
     return posixpath.normpath(posixpath.join(folder, link.linkname))
 
 
-def _open(path: str) -> BinaryIO:
-    if "://" not in path:
-        return open(path, "rb")
-    if path.startswith("pipe:"):
-        raise UserError(f"{path}: a command is no data; give a file or a URL")
-    from webdataset.gopen import gopen  # imports torch, which local files can do without
-
-    return cast(BinaryIO, gopen(path, bufsize=BUFFER))
+def _open(path: str) -> BinaryIO | RemoteFile:
+    return RemoteFile(path) if is_url(path) else open(path, "rb")

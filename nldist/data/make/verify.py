@@ -20,6 +20,8 @@ from nldist.data.make.meaning import could_be, names_of
 from nldist.data.make.parallel import run_jobs
 from nldist.data.make.tars import IMAGE_EXTENSIONS, DamagedTarError, Member, TarReader, split_name
 from nldist.data.manifest import read_dataset
+from nldist.data.remote import is_url, without_secrets
+from nldist.errors import UserError
 
 INDEX_SCHEMA = {"id": pa.int64(), "shard": pa.int32(), **{field.name: field.type for field in RECORD}}
 LABEL_SCHEMA = {"id": pa.int64(), "label": pa.int32()}
@@ -136,8 +138,10 @@ def _jobs(root: Path, split: str, entry: dict[str, Any], table: pa.Table, classe
     for number, shard in enumerate(entry["shards"]):
         path, ours = shard["path"], Path(shard["path"]).parent == Path(split)
         rows = table.take(np.flatnonzero(shard_of_row == number))
-        where = path if "://" in path else str(root / path)
-        yield ShardJob(f"{split}: {path}", where, ours, labels, shard["num_bytes"], shard["sha256"], rows)
+        where = path if is_url(path) else str(root / path)
+        yield ShardJob(
+            f"{split}: {without_secrets(path)}", where, ours, labels, shard["num_bytes"], shard["sha256"], rows
+        )
 
 
 def _label_key(plan: Path) -> Any:
@@ -178,7 +182,8 @@ def _index_problems(table: pa.Table, entry: dict[str, Any]) -> Iterator[str]:
     counts = np.bincount(shards, minlength=len(entry["shards"]))
     for number, shard in enumerate(entry["shards"]):
         if counts[number] != shard["num_samples"]:
-            yield f"has {counts[number]} rows of {shard['path']}, dataset.json states {shard['num_samples']}"
+            place = without_secrets(shard["path"])
+            yield f"has {counts[number]} rows of {place}, dataset.json states {shard['num_samples']}"
 
 
 def _labels_problems(place: str, table: pa.Table, num_classes: int) -> Iterator[Problem]:
@@ -214,8 +219,8 @@ def _shard_problems(job: ShardJob) -> tuple[int, list[Problem]]:
                 problems.append(Problem(job.place, None, what))
             elif tar.sha256 != job.sha256:
                 problems.append(Problem(job.place, None, "SHA-256 differs from dataset.json: some byte has changed"))
-    except OSError as error:
-        problems.append(Problem(job.place, None, f"cannot be opened: {error.strerror or error}"))
+    except (OSError, UserError) as error:
+        problems.append(Problem(job.place, None, f"cannot be opened: {getattr(error, 'strerror', None) or error}"))
         return job.rows.num_rows, problems
     left = (row for group in check.rows.values() for row in group)
     problems += [Problem(job.place, row["id"], "no member begins at its offset") for row in left]

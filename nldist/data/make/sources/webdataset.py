@@ -19,6 +19,7 @@ from nldist.data.make.parallel import run_jobs
 from nldist.data.make.samples import BadSample, Keys, Rules, samples
 from nldist.data.make.tars import DamagedTarError, TarReader
 from nldist.data.manifest import known_classes
+from nldist.data.remote import is_url, scheme_of, without_secrets
 from nldist.errors import UserError
 
 READS = ("num_shards", "label_key", "image_key", "keys", "max_pixels", "max_bytes")
@@ -96,21 +97,22 @@ def index_tar(build: Build, rules: Rules, job: TarJob) -> int:
     records: list[Record] = []
     rejected: list[Rejected] = []
     labels: dict[str, int] = {}
+    place = without_secrets(job.path)
     try:
         with TarReader(job.path) as tar:
             try:
                 for sample in samples(tar, rules):
                     if isinstance(sample, BadSample):
-                        rejected.append(Rejected(f"{job.path}:{sample.key}", sample.reason))
+                        rejected.append(Rejected(f"{place}:{sample.key}", sample.reason))
                         continue
                     offset, size, *rest = sample.image
                     label = labels.setdefault(sample.label, len(labels))
                     records.append(Record(sample.key, offset, size, label, *rest))
             except DamagedTarError as error:
-                rejected.append(Rejected(job.path, str(error)))
+                rejected.append(Rejected(place, str(error)))
             facts = ShardFacts(_place(job.path, build.root), len(records), tar.num_bytes, tar.sha256, rejected)
     except OSError as error:
-        raise UserError(f"cannot open {job.path}: {error.strerror or error}") from None
+        raise UserError(f"cannot open {place}: {error.strerror or error}") from None
     build.save_shard(job.number, records, facts, list(labels))
     return len(records) + len(rejected)
 
@@ -130,7 +132,9 @@ def _expand(pattern: str) -> list[str]:
     for part in _parts(pattern):
         if part.startswith("pipe:"):
             raise UserError(f"{part}: a command is no data; give files or URLs")
-        found = [part] if "://" in part else sorted(glob.glob(_literal(os.path.abspath(part))))
+        if is_url(part):
+            scheme_of(part)
+        found = [part] if is_url(part) else sorted(glob.glob(_literal(os.path.abspath(part))))
         if not found:
             raise UserError(f"no file matches {part}" + (f", a part of {pattern}" if part != pattern else ""))
         paths += found
@@ -162,7 +166,7 @@ def _literal(pattern: str) -> str:
 def _plan(paths: list[str], classes: list[str], options: IndexOptions) -> dict[str, object]:
     digest = hashlib.sha256(json.dumps(classes).encode())
     for path in paths:
-        size = "" if "://" in path else os.stat(path).st_size
+        size = "" if is_url(path) else os.stat(path).st_size
         digest.update(f"{path}\0{size}\0".encode())
     added = {"labels": options.reading, "image_key": options.image_key, "keys": options.keys}
     return {
@@ -177,5 +181,5 @@ def _plan(paths: list[str], classes: list[str], options: IndexOptions) -> dict[s
 
 def _place(path: str, root: Path) -> str:
     """The path as dataset.json has it: relative for a tar inside the data set, so that it can be moved."""
-    inside = "://" not in path and Path(path).is_relative_to(root.resolve())
+    inside = not is_url(path) and Path(path).is_relative_to(root.resolve())
     return str(Path(path).relative_to(root.resolve())) if inside else path
