@@ -18,7 +18,8 @@ class FileServer(ThreadingHTTPServer):
         ranges: where those requests were to begin, if they said so.
         faults: what becomes of the next requests, one after the other: "drop" ends the connection in the middle, "cut"
             announces and sends half, "unannounced" sends half without a length, "hang" sends half and then nothing,
-            "silent" answers nothing, a number is an error's status, "" is an answer as it should be.
+            "silent" answers nothing, a number is an error's status, "" is an answer as it should be. From "dies" on
+            the server takes no connection.
         knows_ranges: whether it heeds Range.
         authorization: the header that it asks for, if not empty.
     """
@@ -42,6 +43,10 @@ class FileServer(ThreadingHTTPServer):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take no further connection."""
         self.closing.set()
         self.shutdown()
         self.server_close()
@@ -59,7 +64,9 @@ class _Handler(SimpleHTTPRequestHandler):
         self.server.ranges.append(int(asked[1]) if asked else None)
         fault = self.server.faults.pop(0) if self.server.faults else ""
         path = Path(self.translate_path(self.path))
-        if isinstance(fault, int):
+        if fault == "dies":
+            self.server.close()
+        elif isinstance(fault, int):
             self.send_error(fault)
         elif self.server.authorization and self.headers.get("Authorization") != self.server.authorization:
             self.send_error(HTTPStatus.UNAUTHORIZED)

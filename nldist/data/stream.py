@@ -231,7 +231,9 @@ class _Loading:
         pool = BufferPool(self.name) if get_worker_info() else None
         try:
             for step, parts in steps:
-                yield self._load(step, parts, pool)
+                yield (load := self._load(step, parts, pool))
+                if load.error is not None:
+                    return  # the run ends: nothing is read ahead, nor tried again
         finally:
             self.reader.close()
 

@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def refusal(url: str, num_bytes: int | None = None) -> str:
         read(url, num_bytes)
     text = str(raised.value)
     assert "\n" not in text
-    assert "secret" not in text
+    assert not re.search("secret|nottobetold", text)
     return text
 
 

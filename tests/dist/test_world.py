@@ -95,17 +95,27 @@ def fail(kind: str, victim: int, tmp_path: Path) -> tuple[list[int], list[str]]:
     return [process.returncode for process in ranks], errors
 
 
-def test_a_rank_s_bug_is_shown_in_full_by_that_rank_alone(tmp_path: Path) -> None:
-    codes, errors = fail("bug", 1, tmp_path)
-    assert 0 not in codes
-    assert "rank 1 of 3 failed" in errors[1]
-    assert "ValueError: this is what was wrong" in errors[1]
-    assert "Traceback" in errors[1]
-    for rank in (0, 2):
-        assert errors[rank].strip().startswith(f"rank {rank} stops because of rank 1")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_s_bug_is_shown_in_full_by_that_rank_alone(victim: int, tmp_path: Path) -> None:
+    codes, errors = fail("bug", victim, tmp_path)
+    assert codes == [1, 1, 1]
+    assert f"rank {victim} of 3 failed" in errors[victim]
+    assert "ValueError: this is what was wrong" in errors[victim]
+    assert "Traceback" in errors[victim]
+    for rank in {0, 1, 2} - {victim}:
+        assert errors[rank].strip().startswith(f"rank {rank} stops because of rank {victim}")
         assert "ValueError: this is what was wrong" in errors[rank]
         assert "Traceback" not in errors[rank]
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_what_one_rank_refuses_ends_all_with_one_line_each(victim: int, tmp_path: Path) -> None:
+    codes, errors = fail("refusal", victim, tmp_path)
+    assert codes == [2, 2, 2]
+    assert [text.count("this is what was wrong") for text in errors] == [1, 1, 1]
+    assert not any("Traceback" in text for text in errors)
+    assert errors[victim].strip() == "error: this is what was wrong"
 
 
 def test_an_error_that_all_ranks_meet_is_told_once(tmp_path: Path) -> None:
