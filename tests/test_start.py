@@ -16,6 +16,7 @@ from tests.jobs import DIGITS
 SLOW = (
     *("deepspeed", "faiss", "matplotlib", "mlflow", "pandas", "scipy", "sklearn", "sympy", "timm"),
     *("torch._dynamo", "torchvision"),
+    *("aiohttp", "botocore", "fsspec", "s3fs"),  # only where a remote shard is read
 )
 # Prints, for each of the modules SLOW that are there after importing argv[1], who imported it first, and who that one.
 PROGRAM = """

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nldist.data import remote
 from nldist.data.cache import ShardCache
 from nldist.data.index import Index
 from nldist.data.plan import sweep
@@ -16,7 +17,8 @@ from tests.file_server import FileServer
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[FileServer]:
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    monkeypatch.setattr(remote, "WAITS", (0.01,) * 5)
     (tmp_path / "served").mkdir()
     with FileServer(tmp_path / "served") as server:
         yield server
@@ -91,7 +93,20 @@ def test_what_cannot_be_copied_is_named_and_leaves_nothing(server: FileServer, t
     with pytest.raises(UserError, match="has 1,000 bytes in place of 2,000"):
         cache.open(f"{server.url}/0.tar", num_bytes=2000)
     assert not _copies(cache)
-    assert not list(cache.cache_dir.glob("*.part"))
+    assert not list(cache.cache_dir.glob(".*.part"))
+
+
+def test_a_copy_that_was_not_finished_goes_when_the_shard_is_wanted_again(server: FileServer, tmp_path: Path) -> None:
+    """By a process that was killed: else they would fill the disk."""
+    _serve_files(tmp_path, 1)
+    cache = ShardCache(tmp_path / "cache", max_bytes=10**6)
+    _open_and_close(cache, f"{server.url}/0.tar")
+    (copy,) = cache.cache_dir.glob("*.copy")
+    copy.unlink()
+    (cache.cache_dir / f".{copy.name}.0123.part").write_bytes(b"half")
+    (cache.cache_dir / ".of-another.copy.0123.part").write_bytes(b"half")
+    _open_and_close(cache, f"{server.url}/0.tar")
+    assert [path.name for path in cache.cache_dir.glob(".*.part")] == [".of-another.copy.0123.part"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -104,8 +119,14 @@ def test_a_stream_reads_remote_shards_through_the_cache(server: FileServer, tmp_
     index = Index.open(root, "train")
     cache = ShardCache(tmp_path / "cache", max_bytes=1)
     plan = sweep(53, rank=0, size=1, batch_size=8)
+    server.faults = ["drop", 503]
     for batches in Stream(index, None, plan, cache=cache, num_workers=num_workers):
         assert [decode_id(image.numpy()) for image in batches["all"].images] == batches["all"].ids.tolist()
     assert set(server.requests) == {f"/set/train/train-{s:06d}.tar" for s in range(3)}
     with pytest.raises(UserError, match=r"is remote: set data\.cache_dir"):
         list(Stream(index, None, plan))
+    # Nor is an epoch ever short: what cannot be read ends it.
+    cache = ShardCache(tmp_path / "other", max_bytes=10**6)
+    server.faults = ["", *["drop"] * 20]
+    with pytest.raises(UserError, match="after 6 tries"):
+        list(Stream(index, None, plan, cache=cache, num_workers=num_workers))

@@ -354,6 +354,9 @@ def test_same_keys_in_two_foreign_tars_are_told_apart(tmp_path: Path) -> None:
     index_tars(f"{tmp_path}/?.tar", tmp_path / "out", "train", IndexOptions())
     assert foreign_index(tmp_path / "out")["key"] == ["a/0", "b/0"]
     assert not verify(tmp_path / "out").problems
+    with FileServer(tmp_path) as server:
+        index_tars(f"{server.url}/{{a,b}}.tar?X-Signature=a.secret", tmp_path / "url", "train", IndexOptions())
+    assert foreign_index(tmp_path / "url")["key"] == ["a/0", "b/0"]
 
 
 @pytest.mark.parametrize(("pattern", "word"), [("nothing-*.tar", "no file matches"), ("pipe:touch {mark}", "command")])
@@ -375,8 +378,27 @@ def test_compressed_tar_is_refused(tmp_path: Path) -> None:
 def test_tars_behind_a_url(tmp_path: Path) -> None:
     theirs, out = foreign(tmp_path / "theirs"), tmp_path / "out"
     with FileServer(theirs) as server:
-        url = f"{server.url}/their-{{00..01}}.tar"
+        url = f"{server.url.replace('//', '//me:secret@')}/their-{{00..01}}.tar?X-Signature=a.secret/b"
+        server.faults = ["drop"]
         assert index_tars(url, out, "train", IndexOptions()).num_samples == 6
         assert not verify(out).problems
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match="it is not there") as raised:
             index_tars(url.replace("their", "none"), tmp_path / "none", "train", IndexOptions())
+        assert "secret" not in str(raised.value)
+        with pytest.raises(UserError, match="is not read"):
+            index_tars(f"gs{url}", tmp_path / "gs", "train", IndexOptions())
+        assert not (tmp_path / "gs").exists()
+        server.faults = [404]
+        (problem, *_) = map(str, verify(out).problems)
+    assert "it is not there" in problem
+    assert "secret" not in problem
+
+
+def test_bad_samples_behind_a_url_are_listed_without_its_secrets(tmp_path: Path) -> None:
+    theirs, out = foreign(tmp_path / "theirs", label=lambda number, row: b"-1" if row else b"1"), tmp_path / "out"
+    with FileServer(theirs) as server:
+        url = f"{server.url}/their-00.tar?X-Signature=secret"
+        with pytest.raises(UserError) as raised:
+            index_tars(url, out, "train", IndexOptions())
+    assert "their-00.tar" in (out / "rejected.jsonl").read_text()
+    assert "secret" not in (out / "rejected.jsonl").read_text() + str(raised.value)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from nldist.data.make.lock import locked
 from nldist.data.make.meaning import Meaning, shown
 from nldist.data.manifest import FORMAT_VERSION, known_classes, read_dataset, write_json, writing
+from nldist.data.remote import without_secrets
 from nldist.errors import UserError
 
 ROW_GROUP = 65_536
@@ -146,7 +147,8 @@ def _with_classes(shards: Sequence[Shard], meaning: Callable[[list[str]], Meanin
         column = pa.array(class_of[codes] if len(codes) else codes, pa.int32())
         bad = table["key"].filter(pc.less(column, 0)).to_pylist()
         reasons = [found.faults[(labels or [])[code]] for code in codes if class_of[code] < 0]
-        rejected = [Rejected(f"{facts.path}:{key}", why) for key, why in zip(bad, reasons, strict=True)]
+        place = without_secrets(facts.path)
+        rejected = [Rejected(f"{place}:{key}", why) for key, why in zip(bad, reasons, strict=True)]
         table = table.set_column(table.schema.get_field_index("label"), "label", column)
         table = table.filter(pc.greater_equal(column, 0))
         facts = facts._replace(num_samples=table.num_rows, rejected=[*facts.rejected, *rejected])
@@ -161,7 +163,7 @@ def _index(facts: Sequence[ShardFacts], tables: Sequence[pa.Table]) -> pa.Table:
     table = table.append_column("shard", pa.chunked_array(numbers, pa.int32()))
     table = table.append_column("id", pa.array(np.arange(table.num_rows)))
     if pc.count_distinct(table["key"]).as_py() < table.num_rows:
-        stems = [pa.array([Path(shard.path).stem] * shard.num_samples, pa.string()) for shard in facts]
+        stems = [pa.array([Path(without_secrets(shard.path)).stem] * shard.num_samples, pa.string()) for shard in facts]
         keys = pc.binary_join_element_wise(pa.chunked_array(stems, pa.string()), table["key"], "/")
         table = table.set_column(table.schema.get_field_index("key"), "key", keys)
     return table.select(INDEX_COLUMNS)
