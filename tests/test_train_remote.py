@@ -4,6 +4,9 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from nldist.data import remote
+from nldist.data.make.verify import verify
+from tests.conftest import REPOSITORY
 from tests.file_server import FileServer
 from tests.jobs import output, run_job
 from tests.s3_server import S3Server
@@ -24,6 +29,12 @@ def prepare(env: Mapping[str, str]) -> None:
     """What a rank begins with."""
     os.environ.update(env)
     remote.WAITS = (0.01,) * 5
+
+
+def documented(root: Path, base: str) -> None:
+    """Change the shards' places in dataset.json as docs/data.md says."""
+    program = (REPOSITORY / "docs" / "data.md").read_text().split("<<'END'\n")[1].split("    END\n")[0]
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program), root, base], check=True)
 
 
 def moved(digits: Path, root: Path, url_of: Callable[[Path], str]) -> Path:
@@ -53,11 +64,20 @@ def local(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def test_shards_on_s3_give_the_weights_of_local_ones(local: Path, digits: Path, tmp_path: Path) -> None:
+def test_shards_on_s3_give_the_weights_of_local_ones(
+    local: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_dir = tmp_path / "runs" / "run"
     run_dir.parent.mkdir()
     with S3Server() as store:
-        root = moved(digits, tmp_path / "data", lambda path: store.upload(path, f"digits/{path.name}"))
+        root = Path(shutil.copytree(digits, tmp_path / "data"))
+        for tar in root.rglob("*.tar"):
+            base = store.upload(tar, f"digits/{tar.relative_to(root)}").removesuffix(f"/{tar.relative_to(root)}")
+            tar.unlink()
+        documented(root, base)
+        for name, value in store.env.items():
+            monkeypatch.setenv(name, value)
+        assert not verify(root).problems
         store.faults = ["", "drop", 503, "", "drop"]
         settings = (f"data.root={root}", f"data.cache_dir={tmp_path / 'cache'}", *SETTINGS)
         assert run_job(run_dir, *settings, world_size=2, prepare=partial(prepare, store.env)) == [0, 0]

@@ -54,7 +54,7 @@ class ShardCache:
         Raises:
             UserError: the shard cannot be copied, or the copy has another digest or size.
         """
-        path = self._path(url)
+        path = self._path(url, sha256)
         while True:
             with suppress(FileNotFoundError):
                 file = os.open(path, os.O_RDONLY)
@@ -71,12 +71,13 @@ class ShardCache:
             self._evict(keep=path)
         return file
 
-    def closed(self, url: str) -> None:
-        """Say that a descriptor of `url` was closed."""
-        self._opened[self._path(url).name] -= 1
+    def closed(self, url: str, sha256: str | None = None) -> None:
+        """Say that a descriptor of `url`, opened with `sha256`, was closed."""
+        self._opened[self._path(url, sha256).name] -= 1
 
-    def _path(self, url: str) -> Path:
-        digest = hashlib.sha256(url.encode()).hexdigest()[:16]
+    def _path(self, url: str, sha256: str | None) -> Path:
+        """Another one for another content: a shard may be uploaded anew."""
+        digest = hashlib.sha256(f"{url} {sha256}".encode()).hexdigest()[:16]
         return self.cache_dir / f"{digest}-{Path(urlsplit(url).path).name}.copy"
 
     @contextmanager

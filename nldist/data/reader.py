@@ -202,7 +202,7 @@ class _OpenShards:
         os.close(file)
         place = self._index.shards[shard]
         if self._cache is not None and is_url(place):
-            self._cache.closed(place)
+            self._cache.closed(place, self._index.shard_digests[shard])
 
 
 def shrunk(pixels: Tensor, height: int, width: int) -> Tensor:

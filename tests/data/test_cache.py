@@ -1,3 +1,4 @@
+import hashlib
 import json
 import multiprocessing
 import os
@@ -94,6 +95,19 @@ def test_what_cannot_be_copied_is_named_and_leaves_nothing(server: FileServer, t
         cache.open(f"{server.url}/0.tar", num_bytes=2000)
     assert not _copies(cache)
     assert not list(cache.cache_dir.glob(".*.part"))
+
+
+def test_a_shard_that_was_uploaded_anew_is_copied_anew(server: FileServer, tmp_path: Path) -> None:
+    cache, url = ShardCache(tmp_path / "cache", max_bytes=10**6), f"{server.url}/0.tar"
+    for content in (b"old", b"new"):
+        (tmp_path / "served" / "0.tar").write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        for _ in range(2):
+            file = cache.open(url, digest, len(content))
+            assert os.pread(file, 10, 0) == content
+            os.close(file)
+            cache.closed(url, digest)
+    assert len(server.requests) == 2
 
 
 def test_a_copy_that_was_not_finished_goes_when_the_shard_is_wanted_again(server: FileServer, tmp_path: Path) -> None:

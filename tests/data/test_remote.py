@@ -209,6 +209,8 @@ def test_credentials_of_fsspec_s_variables(s3: S3Server) -> None:
     env = {"FSSPEC_S3_KEY": "a", "FSSPEC_S3_SECRET": "secret", "FSSPEC_S3_ENDPOINT_URL": s3.env["AWS_ENDPOINT_URL"]}
     gone = dict.fromkeys(s3.env, "")
     assert size_elsewhere(URL, env=gone | env) == str(len(CONTENT))
+    env = {"FSSPEC_S3_ANON": "true", "AWS_ENDPOINT_URL": s3.env["AWS_ENDPOINT_URL"]}
+    assert size_elsewhere(URL, env=gone | env) == str(len(CONTENT))
 
 
 def test_a_missing_package_is_named(http: FileServer) -> None:
