@@ -7,7 +7,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -253,7 +253,10 @@ def test_processes_forked_after_reading_read_too(http: FileServer, s3: S3Server,
 
 def test_other_errors_keep_their_traceback(http: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistake in the code is not told as the server's."""
-    broken: Callable[..., None] = lambda *_: {}["mistake"]  # noqa: E731
+
+    def broken(*_: object) -> None:
+        raise KeyError("mistake")
+
     monkeypatch.setattr(remote, "_from_http", broken)
     with pytest.raises(KeyError):
         read(f"{http.url}/a b.tar")
