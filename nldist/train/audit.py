@@ -12,7 +12,6 @@ import numpy as np
 
 from nldist import __version__
 from nldist.config import Config
-from nldist.data.cache import ShardCache
 from nldist.data.index import Index
 from nldist.data.reader import Reader
 from nldist.data.remote import is_url
@@ -20,7 +19,7 @@ from nldist.data.samples import Samples
 from nldist.errors import UserError
 from nldist.estimate.graph import open_graph
 from nldist.files import replacing
-from nldist.passes.data import Data
+from nldist.passes.data import Data, NodeCaches
 from nldist.pretext.mine import GRAPH_FILE, MINE
 from nldist.report.audit import Audit
 from nldist.report.duplicates import Duplicates, exact, near
@@ -80,10 +79,9 @@ def _check_own(folder: Path) -> None:
 
 def _write(folder: Path, run: RunDirectory, config: Config, found: Audit, num_images: int) -> tuple[int, int]:
     """Write the files; returns the number of groups of duplicates, and the page's size in bytes."""
-    data, index = config.data, found.index
+    index = found.index
     found.write_tables(folder)
-    cache = ShardCache(data.cache_dir, int(data.cache_gib * 2**30)) if data.cache_dir else None
-    with contextlib.closing(Reader(index, "skip", SIDE, cache)) as reader:
+    with contextlib.closing(Reader(index, "skip", SIDE, NodeCaches(config.data).shards)) as reader:
         duplicates = _duplicates(found, reader, _graph(config, index))
         _write_duplicates(folder / "duplicates.csv", found, duplicates)
         facts = _facts(run, config, found)

@@ -13,7 +13,6 @@ import torch
 
 from nldist import __version__
 from nldist.config import Config
-from nldist.data.cache import ShardCache
 from nldist.data.find import Found
 from nldist.data.index import Index
 from nldist.data.loose import LooseImages, write_places
@@ -22,6 +21,7 @@ from nldist.data.stream import Batch, Stream
 from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.files import replacing
+from nldist.passes.data import NodeCaches
 from nldist.run.classifier import Classifier, resize_of
 from nldist.run.directory import RunDirectory
 from nldist.train.meter import Watch
@@ -198,7 +198,7 @@ class _Prediction:
             device=self._world.device,
             on_bad=data.on_bad,
             max_side=data.max_side,
-            cache=ShardCache(data.cache_dir, int(data.cache_gib * 2**30)) if data.cache_dir else None,
+            cache=NodeCaches(data).shards,
         )
 
     def _tell(self, bad: list[str], first: str | None) -> None:
