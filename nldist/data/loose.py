@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nldist.data.decode import DecodeError, decoded, reduced
-from nldist.data.make.images import BadImageError, Limits, is_plain_jpeg, normalise
+from nldist.data.make.images import BadImageError, Limits, normalise, plain_jpeg
 from nldist.data.make.keys import readable
 from nldist.data.make.sources.base import read_file
 from nldist.data.reader import Images, OnBad, parted, put, shrunk
@@ -147,7 +147,7 @@ def image_of(raw: bytes, resize: int | None, max_side: int) -> Tensor:
         BadImageError: it is no image, damaged, or too large.
         DecodeError: torchvision cannot decode it.
     """
-    if not is_plain_jpeg(raw, _LIMITS, resize):
+    if plain_jpeg(raw, _LIMITS, resize) is None:
         raw = normalise(raw, _LIMITS, resize).data
     pixels = decoded(bytearray(raw)).permute(1, 2, 0)
     height, width = reduced(np.array([pixels.shape[:2]]), max_side)[0].tolist()

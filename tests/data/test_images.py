@@ -2,12 +2,13 @@
 
 import io
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 
 from nldist.data.make.images import BadImageError, Encoded, Limits, decoded_size, normalise
@@ -224,6 +225,65 @@ def test_resize_shrinks_the_short_side_only_of_larger_images(kind: str, extensio
 def test_resize_looks_at_the_upright_image() -> None:
     result = normalise(encode(picture(120, 176), "JPEG", exif=exif(6)), LIMITS, resize=30)
     assert (result.height, result.width) == (44, 30)
+
+
+def detailed(height: int, width: int) -> Image.Image:
+    """A picture with edges of all directions, which would show a shift or ringing."""
+    y, x = np.mgrid[:height, :width] - np.array([height, width])[:, None, None] / 2
+    rings = 128 + 100 * np.sin(np.hypot(x, y) / width * 60)
+    return Image.fromarray(np.stack([rings, x % 255, 255 - rings], -1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("size", [(1027, 1283), (2051, 1601), (515, 1030)])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_decoding_at_a_fraction_shrinks_as_decoding_in_full_does(size: tuple[int, int], orientation: int) -> None:
+    raw = encode(detailed(*size), "JPEG", quality=90, exif=exif(orientation))
+    whole = ImageOps.exif_transpose(Image.open(io.BytesIO(raw)))
+    scale = 128 / min(size)
+    target = (round(whole.width * scale), round(whole.height * scale))
+    small = whole.resize(target, Image.Resampling.LANCZOS)
+    expected = rgb(Image.open(io.BytesIO(encode(small, "JPEG", quality=95, subsampling=0))))
+    result = normalise(raw, LIMITS, resize=128)
+    assert (result.width, result.height) == target
+    by_encoding = rms(expected - rgb(small))
+    assert rms(pixels(result) - expected) < 1.25 * by_encoding
+
+
+def rms(difference: np.ndarray) -> float:
+    return float(np.sqrt((difference**2.0).mean()))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 3}])
+@pytest.mark.parametrize("resize", [None, 24])
+def test_a_damaged_jpeg_is_refused_just_where_decoding_in_full_refuses_it(
+    options: dict[str, Any], resize: int | None
+) -> None:
+    raw = encode(detailed(97, 130), "JPEG", **options)
+    random = np.random.default_rng(len(raw))
+    reasons = set()
+    for _ in range(150):
+        start, length = random.integers(len(raw)), random.integers(1, 60)
+        middle = random.bytes(length) if random.random() < 0.5 else b""
+        damaged = raw[:start] + middle + raw[start + (length if random.random() < 0.7 else len(raw)) :]
+        reasons.add(expected := reason(decode_in_full, damaged))
+        assert reason(normalise, damaged, LIMITS, resize) == expected
+    assert len(reasons) > 2
+
+
+def decode_in_full(raw: bytes) -> None:
+    Image.open(io.BytesIO(raw), formats=["JPEG"]).load()
+
+
+def reason(attempt: Callable[..., object], *arguments: object) -> str | None:
+    try:
+        attempt(*arguments)
+    except UnidentifiedImageError:
+        return "not an image of a known kind"
+    except BadImageError as error:
+        return str(error).removeprefix("does not decode: ")
+    except Exception as error:
+        return str(error)
+    return None
 
 
 def test_pixels_are_stored_losslessly() -> None:

@@ -1,23 +1,25 @@
-"""One raw image made fit for a shard: checked by a full decode, and copied or converted to plain 8-bit."""
+"""One raw image made fit for a shard: checked by decoding it, and copied or converted to plain 8-bit."""
 
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from nldist.data.make.exif import TURNS, orientation
+from nldist.data.make.jpegs import ARITHMETIC, HUFFMAN, LOSSLESS, frame, is_whole
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with more behind
-ORIENTATION = 0x0112
-JPEG_BEGIN, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 PNG_END = b"IEND\xaeB`\x82"
-FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG's start-of-frame markers
-HUFFMAN = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive: all but a few of the JPEGs that there are
-ARITHMETIC = {0xC9, 0xCA}
-LOSSLESS = {0xC3, 0xCB}
+Check = Literal["decode", "header"]
+"""How an image that stays as it is is looked at: a JPEG decoded, or no further than its header and its last bytes."""
+
+
+_Box = tuple[float, float, float, float]
 
 
 class BadImageError(Exception):
@@ -45,61 +47,80 @@ class Encoded:
     width: int
 
 
-def normalise(raw: bytes | np.ndarray, limits: Limits, resize: int | None = None) -> Encoded:
-    """Check one image by a full decode and make it plain: 8-bit RGB or grey, upright, one frame.
+class _Decoded(NamedTuple):
+    """A decoded image.
+
+    `file` is what was opened, `pixels` what was decoded, for a JPEG perhaps at a fraction of its `size` (width,
+    height): then `box` is the part of it that the image fills. `turn` makes it upright.
+    """
+
+    file: Image.Image
+    pixels: Image.Image
+    size: tuple[int, int]
+    box: _Box | None
+    turn: Image.Transpose | None
+
+
+def normalise(raw: bytes | np.ndarray, limits: Limits, resize: int | None = None, check: Check = "decode") -> Encoded:
+    """Check one image by decoding it and make it plain: 8-bit RGB or grey, upright, one frame.
 
     An image that is plain already is returned byte for byte. Any other is converted (alpha is composited on
     white, 16-bit is scaled to 8-bit) and written as PNG if its source was lossless, else as JPEG of quality
     95 without chroma subsampling. With `resize`, an image whose short side (pixels) is longer than that is
     shrunk to it with an antialiasing Lanczos filter. `raw` is a file's bytes, or uint8 pixels (H, W) or
-    (H, W, 3).
+    (H, W, 3). With `check` "header" a JPEG that stays as it is is not decoded.
 
     Raises:
         BadImageError: it is empty, truncated, no image, of an unknown kind, or beyond `limits`.
     """
     if isinstance(raw, np.ndarray):
-        image: Image.Image = Image.fromarray(raw)
-        return _encode(_shrink(image, resize), lossy=False)
-    image, upright = _decode(raw, limits)
-    shrunk = resize is not None and min(upright.size) > resize
-    if not shrunk and upright is image and _is_plain(image, raw) and _is_read_alike(image, raw):
-        return Encoded(raw, EXTENSIONS[str(image.format)], image.height, image.width)
+        pixels = Image.fromarray(raw)
+        return _encode(_shrink(pixels, pixels.size, None, resize), lossy=False)
+    if check == "header" and (plain := plain_jpeg(raw, limits, resize)):
+        return plain
+    file, pixels, size, box, turn = _decode(raw, limits, resize)
+    is_as_opened = pixels is file and turn is None and not _is_shrunk(size, resize)
+    if is_as_opened and _is_plain(file, raw) and _is_read_alike(file, raw):
+        return Encoded(raw, EXTENSIONS[str(file.format)], size[1], size[0])
     with _refusing():
-        return _encode(_shrink(_to_8_bit(upright), resize), lossy=_is_lossy(image, raw))
+        lossy = _is_lossy(file, raw)
+        pixels = _shrink(_to_8_bit(pixels), size, box, resize)
+        return _encode(pixels if turn is None else pixels.transpose(turn), lossy)
 
 
 def decoded_size(raw: bytes, limits: Limits) -> tuple[int, int]:
-    """Decode an image in full and return its (height, width) in pixels as training sees it, EXIF rotation applied.
+    """Decode an image and return its (height, width) in pixels as training sees it, EXIF rotation applied.
 
     Raises:
         BadImageError: as `normalise`; or training cannot decode it.
     """
-    image, upright = _decode(raw, limits)
-    if _is_ordinary(image, raw):
-        return upright.height, upright.width
+    decoded = _decode(raw, limits)
+    if _is_ordinary(decoded.file, raw):
+        width, height = decoded.size
+        return height, width
     height, width, _ = _as_trained(raw).shape
     return height, width
 
 
-def is_plain_jpeg(raw: bytes, limits: Limits, resize: int | None) -> bool:
-    """Whether this is a JPEG, whole to its end, that `normalise` would return as it is: told without decoding it.
+def plain_jpeg(raw: bytes, limits: Limits, resize: int | None) -> Encoded | None:
+    """A JPEG, whole to its end, that `normalise` would return as it is: told without decoding it. None if it is not.
 
     Raises:
         BadImageError: it has no readable header.
     """
-    if raw[:2] != JPEG_BEGIN or not raw.rstrip(b"\0").endswith(JPEG_END) or len(raw) > limits.max_bytes:
-        return False
+    if not is_whole(raw) or len(raw) > limits.max_bytes:
+        return None
     with _refusing(), _own_pixel_limit():
         image = Image.open(io.BytesIO(raw), formats=("JPEG",))
-    fits = image.width * image.height <= limits.max_pixels and (resize is None or min(image.size) <= resize)
-    return fits and _is_ordinary(image, raw)
+    if image.width * image.height > limits.max_pixels or _is_shrunk(image.size, resize):
+        return None
+    return Encoded(raw, "jpg", image.height, image.width) if _is_ordinary(image, raw) else None
 
 
-def _decode(raw: bytes, limits: Limits) -> tuple[Image.Image, Image.Image]:
-    """The opened image, and the same turned upright (the very same object if it was upright).
+def _decode(raw: bytes, limits: Limits, resize: int | None = None) -> _Decoded:
+    """Pillow finds out what it is, whether it is damaged and what its pixels are, if they are needed.
 
-    Pillow finds out what it is, whether it is damaged and what its pixels are; but training's decoder decides what an
-    image is (`_is_ordinary`).
+    But training's decoder decides what an image is (`_is_ordinary`).
     """
     if not raw:
         raise BadImageError("empty file")
@@ -107,19 +128,39 @@ def _decode(raw: bytes, limits: Limits) -> tuple[Image.Image, Image.Image]:
         raise BadImageError(f"{len(raw):,} bytes are more than the limit of {limits.max_bytes:,}")
     with _refusing(), _own_pixel_limit():
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
+        size = image.size
         if image.width * image.height > limits.max_pixels:
-            size = f"{image.width} x {image.height} pixels"
-            raise BadImageError(f"{size} are more than the limit of {limits.max_pixels:,}")
+            text = f"{image.width} x {image.height} pixels"
+            raise BadImageError(f"{text} are more than the limit of {limits.max_pixels:,}")
         if image.format == "PNG":
             _check_png(raw)
+        box = _scale(image, raw, resize)
         try:
             image.load()
         except OSError:
-            if _frame(raw) not in ARITHMETIC:  # of which Pillow reads only those that are small
+            if frame(raw) not in ARITHMETIC:  # of which Pillow reads only those that are small
                 raise
-            return image, Image.fromarray(_as_trained(raw))
-        upright = ImageOps.exif_transpose(image) if _orientation(image) in range(2, 9) else image
-    return image, upright
+            pixels = Image.fromarray(_as_trained(raw))
+            return _Decoded(image, pixels, pixels.size, None, None)
+        return _Decoded(image, image, size, box, TURNS.get(orientation(image)))
+
+
+def _scale(image: Image.Image, raw: bytes, resize: int | None) -> _Box | None:
+    """Let libjpeg decode at a half, a quarter or an eighth of the size where that is enough; returns the image's box.
+
+    All of a file is read in any case, and what is damaged is found alike. Twice the size that is wanted is enough for
+    the filter that shrinks it; for an image that stays as it is any size is.
+    """
+    if image.format != "JPEG":
+        return None
+    if resize is not None and _is_shrunk(image.size, resize):
+        width, height = (2 * side for side in _target(image.size, resize))
+    elif _is_ordinary(image, raw):
+        width = height = 1
+    else:
+        return None
+    drafted = image.draft(None, (width, height))
+    return drafted[1] if drafted else None
 
 
 def _as_trained(raw: bytes) -> np.ndarray:
@@ -134,13 +175,13 @@ def _as_trained(raw: bytes) -> np.ndarray:
 
 def _is_ordinary(image: Image.Image, raw: bytes) -> bool:
     """Whether Pillow has decoded a file of a kind that torchvision reads alike, so that it need not be loaded."""
-    if _orientation(image) not in (0, 1):
+    if orientation(image) not in (0, 1):
         return False
     if image.format == "PNG":
         return raw[24] == 8
     if image.format == "WEBP":
         return not getattr(image, "is_animated", False)
-    return image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and _frame(raw) in HUFFMAN
+    return image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and frame(raw) in HUFFMAN
 
 
 def _is_read_alike(image: Image.Image, raw: bytes) -> bool:
@@ -151,17 +192,6 @@ def _is_read_alike(image: Image.Image, raw: bytes) -> bool:
         return _as_trained(raw).shape[:2] == (image.height, image.width)
     except BadImageError:
         return False
-
-
-def _frame(raw: bytes) -> int:
-    """The marker of a JPEG's frame, which tells its process of coding; 0 if there is none."""
-    place = 2
-    while raw[:2] == b"\xff\xd8" and place + 4 <= len(raw) and raw[place] == 0xFF:
-        marker = raw[place + 1]
-        if marker in FRAMES:
-            return marker
-        place += 1 if marker == 0xFF else 2 + int.from_bytes(raw[place + 2 : place + 4], "big")
-    return 0
 
 
 def _check_png(raw: bytes) -> None:
@@ -194,13 +224,6 @@ def _own_pixel_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def _orientation(image: Image.Image) -> Any:
-    try:
-        return image.getexif().get(ORIENTATION, 1)
-    except Exception:  # a broken EXIF block says nothing about the rotation; image viewers ignore it too
-        return None
-
-
 def _is_plain(image: Image.Image, raw: bytes) -> bool:
     """Whether Pillow and torchvision read the same RGB pixels from the file as it stands."""
     if image.mode not in ("L", "RGB") or "transparency" in image.info:
@@ -217,7 +240,7 @@ def _is_lossy(image: Image.Image, raw: bytes) -> bool:
         return b"VP8 " in raw  # the chunk of WebP's lossy codec
     if image.format == "TIFF":
         return image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")
-    return image.format in ("JPEG", "MPO") and _frame(raw) not in LOSSLESS
+    return image.format in ("JPEG", "MPO") and frame(raw) not in LOSSLESS
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
@@ -230,7 +253,8 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+    mode = "L" if image.mode in ("1", "L") else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
@@ -240,12 +264,26 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
-def _shrink(image: Image.Image, resize: int | None) -> Image.Image:
-    short = min(image.size)
-    if resize is None or short <= resize:
+def _is_shrunk(size: tuple[int, int], resize: int | None) -> bool:
+    return resize is not None and min(size) > resize
+
+
+def _target(size: tuple[int, int], resize: int) -> tuple[int, int]:
+    """The size (width, height) to which an image is shrunk."""
+    width, height = (max(1, round(side * resize / min(size))) for side in size)
+    return width, height
+
+
+def _shrink(
+    image: Image.Image,
+    size: tuple[int, int],
+    box: _Box | None,
+    resize: int | None,
+) -> Image.Image:
+    """Shrink an image of this size, that fills this box of its pixels, if it is larger than `resize`."""
+    if resize is None or not _is_shrunk(size, resize):
         return image
-    width, height = (max(1, round(side * resize / short)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+    return image.resize(_target(size, resize), Image.Resampling.LANCZOS, box)
 
 
 def _encode(image: Image.Image, lossy: bool) -> Encoded:

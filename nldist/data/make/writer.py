@@ -1,7 +1,6 @@
 """Raw images to WebDataset shards: parallel, restartable, the same bytes whatever the number of workers."""
 
 import hashlib
-import io
 import tarfile
 import textwrap
 import zlib
@@ -9,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, BinaryIO, NamedTuple, cast
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -140,8 +139,9 @@ class ShardWriter:
     """A WebDataset tar whose bytes depend on nothing but the samples."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file = _HashingFile(file)
-        self._tar = tarfile.TarFile(fileobj=cast(IO[bytes], self._file), mode="w", format=tarfile.PAX_FORMAT)
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._num_bytes = 0
 
     def add(self, key: str, image: Encoded, label: int) -> Record:
         """Append KEY.EXTENSION and KEY.cls."""
@@ -151,32 +151,24 @@ class ShardWriter:
 
     def close(self) -> tuple[int, str]:
         """End the archive and return its number of bytes and SHA-256."""
-        self._tar.close()
-        return self._file.num_bytes, self._file.digest.hexdigest()
+        end = self._num_bytes + 2 * tarfile.BLOCKSIZE
+        self._write(bytes(-(-end // tarfile.RECORDSIZE) * tarfile.RECORDSIZE - self._num_bytes))
+        return self._num_bytes, self._digest.hexdigest()
 
     def _append(self, name: str, data: bytes) -> int:
+        """Append a member and return the offset of its data."""
         member = tarfile.TarInfo(name)  # time, owner and group are 0 or empty by default
         member.size = len(data)
-        self._tar.addfile(member, io.BytesIO(data))
-        self._tar.members = []  # type: ignore[attr-defined]
-        end: int = self._tar.offset
-        return end - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        self._write(member.tobuf(tarfile.PAX_FORMAT))
+        offset = self._num_bytes
+        self._write(data)
+        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        return offset
 
-
-class _HashingFile:
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.num_bytes = 0
-        self.digest = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.num_bytes += len(data)
+    def _write(self, data: bytes) -> None:
+        self._digest.update(data)
         self._file.write(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self.num_bytes
+        self._num_bytes += len(data)
 
 
 def _sorted(listing: Listing) -> pa.Table:
