@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     for split, run in _runs(arguments):
         start = time.perf_counter()
         summary = run()
-        print(_report(arguments.out / split, summary, time.perf_counter() - start))
+        print(summary.report(arguments.out / split, time.perf_counter() - start))
     return 0
 
 
@@ -105,18 +105,6 @@ def _csv_source(arguments: argparse.Namespace) -> CsvSource:
         classes=None if classes is None else tuple(classes),
         reading=arguments.labels,
     )
-
-
-def _report(place: Path, summary: Summary, seconds: float) -> str:
-    if summary.was_complete:
-        return f"{place}: already complete, {summary.num_samples:,} images in {summary.num_shards:,} shards"
-    lines = [
-        f"{place}: {summary.num_samples:,} images in {summary.num_shards:,} shards, "
-        f"{len(summary.rejected):,} left out, {seconds:.1f} s"
-    ]
-    lines += [f"  {note}" for note in summary.notes]
-    lines += [f"  left out: {entry.path}: {entry.reason}" for entry in summary.rejected[:5]]
-    return "\n".join(lines)
 
 
 def _parser() -> Parser:

@@ -263,7 +263,7 @@ def test_a_damaged_jpeg_is_refused_just_where_decoding_in_full_refuses_it(
     reasons = set()
     for _ in range(150):
         start, length = random.integers(len(raw)), random.integers(1, 60)
-        middle = random.bytes(length) if random.random() < 0.5 else b""
+        middle = random.bytes(int(length)) if random.random() < 0.5 else b""
         damaged = raw[:start] + middle + raw[start + (length if random.random() < 0.7 else len(raw)) :]
         reasons.add(expected := reason(decode_in_full, damaged))
         assert reason(normalise, damaged, LIMITS, resize) == expected

@@ -4,6 +4,7 @@ Each finished shard leaves a sidecar in SPLIT/.build with its records, so that a
 is missing. Nobody sees the split before dataset.json names it, which is the last thing written.
 """
 
+import glob
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nldist.data.make.finish import RECORD, Record, Rejected, ShardFacts, Summary, check_classes, rejected_of
+from nldist.data.make.listed import Listed
 from nldist.data.make.lock import locked
 from nldist.data.manifest import read_dataset, write_json, writing
 from nldist.data.remote import is_url
@@ -42,18 +44,16 @@ class Build:
         with locked(self.root / f".{self.split}.lock", in_use):
             yield
 
-    def begin(self, plan: dict[str, Any], classes: list[str] | None, reads: Sequence[str] = ()) -> bool:
-        """Start or go on, and return True; or False if the split is complete and was built to this `plan`.
+    def check(self, plan: dict[str, Any], classes: list[str] | None, reads: Sequence[str] = ()) -> bool:
+        """Whether there is anything to do: False if the split is complete and was built to this `plan`.
 
-        An unfinished build to another plan is refused; or, with `reads`, goes on: what is done is done again if an
-        entry of the plan in `reads` differs.
+        An unfinished build to another plan is refused, unless only entries differ that `begin` goes on with.
 
         Raises:
             UserError: what is there was built to another plan, or the classes differ from another split's.
         """
         check_classes(self.root, self.split, classes)
-        there, is_complete = self._read_plan(), self._is_complete()
-        differing = sorted(name for name in {*(there or {}), *plan} if (there or {}).get(name) != plan.get(name))
+        there, is_complete, differing = self._read_plan(), self._is_complete(), self._differing(plan)
         if there is not None and differing and (is_complete or not reads or "source" in differing):
             raise UserError(
                 f"{self.folder} was begun with other input or options ({', '.join(differing)} differ): "
@@ -61,13 +61,23 @@ class Build:
             )
         if there is None and self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} holds files that were not written by this tool: choose another place")
-        if is_complete or not set(reads).isdisjoint(differing):
+        return there is None or not is_complete
+
+    def begin(self, plan: dict[str, Any], classes: list[str] | None, reads: Sequence[str] = ()) -> bool:
+        """Start or go on, and return True; or False if there is nothing to do.
+
+        With `reads` an unfinished build to another plan goes on: what is done is done again if an entry of the plan in
+        `reads` differs.
+
+        Raises:
+            UserError: as `check`.
+        """
+        is_open, differing = self.check(plan, classes, reads), self._differing(plan)
+        if not is_open or not set(reads).isdisjoint(differing):
             shutil.rmtree(self._work, ignore_errors=True)
-        if there is not None and is_complete:
+        if not is_open:
             return False
         self._work.mkdir(parents=True, exist_ok=True)
-        for stale in (*self.folder.glob("*.part"), *self._work.glob("*.part")):
-            stale.unlink(missing_ok=True)
         for sidecar in self._work.glob("*.parquet") if reads else ():
             if b"labels" not in pq.read_schema(sidecar).metadata:  # of an older nldist
                 sidecar.unlink()
@@ -121,15 +131,34 @@ class Build:
             labels = json.loads(table.schema.metadata.get(b"labels", b"null"))
             yield facts, table.replace_schema_metadata(), labels
 
+    @property
+    def listed(self) -> Listed:
+        """What the shards are to be made of, until the split is complete."""
+        return Listed(self._work / "listing.arrow")
+
+    def remove_stale(self, path: Path) -> None:
+        """Remove what killed processes have left of a file that nobody else writes now."""
+        for stale in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            stale.unlink(missing_ok=True)
+
     def clear(self) -> None:
         """Remove what a finished split does not need."""
+        self.listed.file.unlink(missing_ok=True)  # first: a split without it is finished
         shutil.rmtree(self._work, ignore_errors=True)
+        for stale in self.folder.glob(".*.part"):
+            stale.unlink(missing_ok=True)
 
     def complete_summary(self) -> Summary:
         """The summary of a split that was complete before."""
         entry = read_dataset(self.root)["splits"][self.split]
         rejected = rejected_of(self.root, self.split)
-        return Summary(self.split, entry["num_samples"], len(entry["shards"]), rejected, was_complete=True)
+        num_bytes = sum(shard["num_bytes"] for shard in entry["shards"])
+        return Summary(self.split, entry["num_samples"], len(entry["shards"]), rejected, num_bytes, was_complete=True)
+
+    def _differing(self, plan: dict[str, Any]) -> list[str]:
+        """The entries in which the plan of this build is another one."""
+        there = self._read_plan() or {}
+        return sorted(name for name in {*there, *plan} if there.get(name) != plan.get(name))
 
     def _sidecar(self, number: int) -> Path:
         return self._work / f"{number:06d}.parquet"

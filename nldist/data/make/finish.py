@@ -63,14 +63,32 @@ class ShardFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished split holds; `was_complete` if there was nothing to do. `notes` are for the user."""
+    """What a finished split holds; `was_complete` if there was nothing to do. `notes` are for the user.
+
+    `num_new` images were looked at since the start, others before.
+    """
 
     split: str
     num_samples: int
     num_shards: int
     rejected: list[Rejected]
+    num_bytes: int
+    num_new: int = 0
     was_complete: bool = False
     notes: list[str] = field(default_factory=list)
+
+    def report(self, place: Path, seconds: float) -> str:
+        """What there is to say of it at the end, `seconds` after the start."""
+        if self.was_complete:
+            return f"{place}: already complete, {self.num_samples:,} images in {self.num_shards:,} shards"
+        rate = f", {self.num_new / seconds:,.0f} images/s" if self.num_new else ""
+        lines = [
+            f"{place}: {self.num_samples:,} images in {self.num_shards:,} shards, {len(self.rejected):,} left out, "
+            f"{self.num_bytes / 1e9:.3f} GB, {seconds:.1f} s{rate}"
+        ]
+        lines += [f"  {note}" for note in self.notes]
+        lines += [f"  left out: {entry.path}: {entry.reason}" for entry in self.rejected[:5]]
+        return "\n".join(lines)
 
 
 Shard = tuple[ShardFacts, pa.Table, list[str] | None]
@@ -103,6 +121,7 @@ def finish(
         sum(shard.num_samples for shard in facts),
         len(facts),
         [entry for shard in facts for entry in shard.rejected],
+        sum(shard.num_bytes for shard in facts),
     )
     with locked(root / ".dataset.lock"):
         _write_rejected(root, split, summary.rejected)

@@ -4,11 +4,11 @@ import hashlib
 import tarfile
 import textwrap
 import zlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -19,15 +19,12 @@ from nldist.data.index import Index
 from nldist.data.labels import CLEAN, transition_table, write_label_set
 from nldist.data.make.build import Build
 from nldist.data.make.finish import Record, Rejected, ShardFacts, Summary, finish
-from nldist.data.make.images import BadImageError, Encoded, Limits, normalise
+from nldist.data.make.images import BadImageError, Check, Encoded, Limits, normalise
 from nldist.data.make.keys import keys_of, readable
 from nldist.data.make.parallel import run_jobs
 from nldist.data.make.sources.base import Listing, Source
 from nldist.data.manifest import writing
 from nldist.errors import UserError
-
-COLUMNS = ("path", "key", "label")
-"""What of a listing a shard is made of."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +32,15 @@ class WriteOptions:
     """How shards are written.
 
     `shard_size` images go into a shard (fewer if some are refused), in a random order given by `seed`.
-    Images with a short side above `resize` pixels are shrunk to it. `num_workers` processes, 0 for none. Bad
-    images are left out with `on_bad` "skip"; with "refuse" they end the run. `name` is the data set's.
+    Images with a short side above `resize` pixels are shrunk to it. JPEGs that stay as they are are decoded to `check`
+    them, or not. `num_workers` processes, 0 for none. Bad images are left out with `on_bad` "skip"; with "refuse" they
+    end the run. `name` is the data set's.
     """
 
     shard_size: int = 2000
     seed: int = 0
     resize: int | None = None
+    check: Check = "decode"
     limits: Limits = field(default_factory=Limits)
     on_bad: str = "refuse"
     num_workers: int = 0
@@ -52,11 +51,74 @@ class WriteOptions:
             raise UserError("shard size and resize must be at least 1, workers at least 0")
 
 
-class ShardJob(NamedTuple):
-    """The rows (path, key, label) that go into shard `number`, in order."""
+@dataclass(frozen=True)
+class SplitWriter:
+    """The writing of a split's shards from a source. Small and picklable: it goes to every process that writes some.
 
-    number: int
-    rows: pa.Table
+    On several machines one begins, each writes shards of its own, and when all are there one finishes.
+    """
+
+    source: Source
+    build: Build
+    options: WriteOptions
+
+    def check(self) -> int:
+        """The number of images, of a split that can be written. Raises UserError if it cannot."""
+        table, listing, plan = self._list()
+        self.build.check(plan, listing.classes)
+        return int(table.num_rows)
+
+    def begin(self) -> Summary | None:
+        """Start or go on; returns the summary if the split is complete. Only where the build is claimed."""
+        table, listing, plan = self._list()
+        if not self.build.begin(plan, listing.classes):
+            summary = self.build.complete_summary()
+            self._write_clean(table, summary)  # a kill may have left it without
+            return summary
+        order = np.random.default_rng(self.options.seed).permutation(table.num_rows)
+        self.build.listed.save(table, order, self.options.shard_size, listing.classes, listing.notes)
+        return None
+
+    def todo(self) -> dict[int, int]:
+        """The shards that are missing, and how many images each is made of."""
+        sizes = enumerate(self.build.listed.facts().sizes)
+        return {number: size for number, size in sizes if not self.build.is_settled(number, self.options.on_bad)}
+
+    def write(self, numbers: Iterable[int]) -> Iterator[int]:
+        """Write these shards; yields the number of images looked at for each, as they are done."""
+        return run_jobs(partial(write_shard, self), numbers, self.options.num_workers)
+
+    def finish(self) -> Summary:
+        """Make a split of all shards. Only where the build is claimed."""
+        build, options = self.build, self.options
+        table, facts = build.listed.read()
+        shards = build.shards(len(facts.sizes))
+        summary = finish(build.root, build.split, shards, facts.classes, options.name, options.on_bad)
+        summary.notes[:0] = facts.notes
+        self._write_clean(table, summary)
+        build.clear()
+        return summary
+
+    def _list(self) -> tuple[pa.Table, Listing, dict[str, object]]:
+        """The images in the order of their paths, what their source says of them, and the plan."""
+        listing = self.source.listing()
+        table = _with_keys(_sorted(listing))
+        return table, listing, _plan(self.source, table, listing.classes, self.options)
+
+    def _write_clean(self, table: pa.Table, summary: Summary) -> None:
+        """Write the column clean, if there is one, as a label set, and note how the given labels differ from it."""
+        if CLEAN not in table.column_names:
+            return
+        root, split = self.build.root, self.build.split
+        index = Index.open(root, split)
+        rows = pc.index_in(index.key_column().cast(pa.large_string()), value_set=table["key"])
+        clean = table[CLEAN].take(rows).to_numpy()
+        write_label_set(root, split, CLEAN, clean)
+        num_wrong = np.count_nonzero(index.label != clean)
+        share = 100 * num_wrong / len(index)
+        matrix = textwrap.indent(transition_table(clean, index.label, index.classes), "  ")
+        differ = f"{num_wrong:,} of {len(index):,} given labels ({share:.2f} %) differ from it"
+        summary.notes.append(f"label set {CLEAN}: {differ}\n{matrix}")
 
 
 def write_split(source: Source, root: Path, split: str, options: WriteOptions) -> Summary:
@@ -66,64 +128,32 @@ def write_split(source: Source, root: Path, split: str, options: WriteOptions) -
         UserError: bad images under "refuse", other input than the earlier run's, or other trouble that
             the user can put right. Finished shards are kept.
     """
-    build = Build(root, split)
-    listing = source.listing()
-    table = _with_keys(_sorted(listing))
-    with build.claimed():
-        if build.begin(_plan(source, table, listing.classes, options), listing.classes):
-            num_shards = _write_shards(source, build, table, options)
-            summary = finish(root, split, build.shards(num_shards), listing.classes, options.name, options.on_bad)
-            build.clear()
-            summary.notes[:0] = listing.notes
-        else:
-            summary = build.complete_summary()
-        if CLEAN in table.column_names:  # also if it was complete: a kill may have left it without
-            summary.notes.append(_write_clean(root, split, table))
-    return summary
+    writer = SplitWriter(source, Build(root, split), options)
+    with writer.build.claimed():
+        summary = writer.begin()
+        if summary is not None:
+            return summary
+        todo, num_images = writer.todo(), sum(writer.build.listed.facts().sizes)
+        num_new = sum(todo.values())
+        with tqdm(total=num_images, initial=num_images - num_new, unit=" images", desc=split, mininterval=1.0) as bar:
+            for num_looked_at in writer.write(todo):
+                bar.update(num_looked_at)
+        return replace(writer.finish(), num_new=num_new)
 
 
-def _write_clean(root: Path, split: str, table: pa.Table) -> str:
-    """Write the column clean as a label set, and say how the given labels differ from it."""
-    index = Index.open(root, split)
-    rows = pc.index_in(index.key_column().cast(pa.large_string()), value_set=table["key"])
-    clean = table[CLEAN].take(rows).to_numpy()
-    write_label_set(root, split, CLEAN, clean)
-    num_wrong = np.count_nonzero(index.label != clean)
-    share = 100 * num_wrong / len(index)
-    matrix = textwrap.indent(transition_table(clean, index.label, index.classes), "  ")
-    return f"label set {CLEAN}: {num_wrong:,} of {len(index):,} given labels ({share:.2f} %) differ from it\n{matrix}"
-
-
-def _write_shards(source: Source, build: Build, table: pa.Table, options: WriteOptions) -> int:
-    """Write the shards that are missing, and return how many there are."""
-    order = np.random.default_rng(options.seed).permutation(table.num_rows)
-    num_shards: int = -(-table.num_rows // options.shard_size)
-    todo = [number for number in range(num_shards) if not build.is_settled(number, options.on_bad)]
-
-    def jobs() -> Iterator[ShardJob]:
-        for number in todo:
-            rows = order[number * options.shard_size : (number + 1) * options.shard_size]
-            yield ShardJob(number, table.select(COLUMNS).take(rows))
-
-    work = partial(write_shard, source, build, options.limits, options.resize)
-    num_left = sum(min(options.shard_size, table.num_rows - number * options.shard_size) for number in todo)
-    num_done = table.num_rows - num_left
-    with tqdm(total=table.num_rows, initial=num_done, unit=" images", desc=build.split, mininterval=1.0) as bar:
-        for num_images in run_jobs(work, jobs(), options.num_workers):
-            bar.update(num_images)
-    return num_shards
-
-
-def write_shard(source: Source, build: Build, limits: Limits, resize: int | None, job: ShardJob) -> int:
+def write_shard(writer: SplitWriter, number: int) -> int:
     """Write one shard and its sidecar, and return the number of images looked at."""
+    source, build, options = writer.source, writer.build, writer.options
+    rows = build.listed.rows(number)
     records, rejected = [], []
-    path = build.shard_path(job.number)
+    path = build.shard_path(number)
+    build.remove_stale(path)
     with writing(path) as aside, aside.open("wb") as file:
         shard = ShardWriter(file)
-        for row in zip(*(column.to_pylist() for column in job.rows.columns), strict=True):
-            raw_path, key, label = row
+        for raw_path, key, label in zip(*(rows[name].to_pylist() for name in ("path", "key", "label")), strict=True):
             try:
-                image = normalise(source.read(raw_path, limits.max_bytes), limits, resize)
+                raw = source.read(raw_path, options.limits.max_bytes)
+                image = normalise(raw, options.limits, options.resize, options.check)
             except (BadImageError, OSError) as error:
                 reason = getattr(error, "strerror", None) or str(error)
                 rejected.append(Rejected(readable(raw_path), reason))
@@ -131,8 +161,8 @@ def write_shard(source: Source, build: Build, limits: Limits, resize: int | None
                 records.append(shard.add(key, image, label))
         num_bytes, sha256 = shard.close()
     name = str(path.relative_to(build.root))
-    build.save_shard(job.number, records, ShardFacts(name, len(records), num_bytes, sha256, rejected))
-    return len(job.rows)
+    build.save_shard(number, records, ShardFacts(name, len(records), num_bytes, sha256, rejected))
+    return int(rows.num_rows)
 
 
 class ShardWriter:
@@ -204,4 +234,5 @@ def _plan(source: Source, table: pa.Table, classes: list[str], options: WriteOpt
         "seed": options.seed,
         "resize": options.resize,
         **asdict(options.limits),
+        **({} if options.check == "decode" else {"check": options.check}),
     }
