@@ -16,12 +16,14 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from nldist.cli.options import Parser
 from nldist.cli.published import PUBLISHED, add_published
 from nldist.data.make.finish import Summary
-from nldist.data.make.images import Limits
+from nldist.data.make.images import Check, Limits
 from nldist.data.make.meaning import READINGS
 from nldist.data.make.sources.base import Source, read_class_names
 from nldist.data.make.sources.csv import CsvSource
@@ -35,7 +37,7 @@ from nldist.errors import main_guard
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and write the splits; 0 if all went well, 2 if the user must act."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     for split, run in _runs(arguments):
         start = time.perf_counter()
         summary = run()
@@ -46,29 +48,38 @@ def main(argv: list[str] | None = None) -> int:
 def _runs(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], Summary]]]:
     """The splits to write, each with the call that writes it."""
     if arguments.layout == "webdataset":
-        options = _index_options(arguments)
-        return [(arguments.split, lambda: index_tars(arguments.tars, arguments.out, arguments.split, options))]
-    sources: Mapping[str, Source]
+        index = _index_options(arguments)
+        return [(arguments.split, lambda: index_tars(arguments.tars, arguments.out, arguments.split, index))]
+    options = write_options(arguments)
+    sources = sources_of(arguments).items()
+    return [(split, partial(write_split, source, arguments.out, split, options)) for split, source in sources]
+
+
+def sources_of(arguments: argparse.Namespace) -> Mapping[str, Source]:
+    """What each split is written from."""
     if arguments.layout in PUBLISHED:
-        sources = PUBLISHED[arguments.layout].sources(arguments)
-    elif arguments.layout == "csv":
-        sources = {arguments.split: _csv_source(arguments)}
-    else:
-        sources = {arguments.split: _folder_source(arguments)}
-    return [(split, _writing(source, split, arguments)) for split, source in sources.items()]
+        return PUBLISHED[arguments.layout].sources(arguments)
+    source = _csv_source(arguments) if arguments.layout == "csv" else _folder_source(arguments)
+    return {arguments.split: source}
 
 
-def _writing(source: Source, split: str, arguments: argparse.Namespace) -> Callable[[], Summary]:
-    options = WriteOptions(
+def write_options(arguments: argparse.Namespace) -> WriteOptions:
+    """How the splits are written."""
+    return WriteOptions(
         shard_size=arguments.shard_size,
         seed=arguments.seed,
         resize=arguments.resize,
+        check=arguments.check,
         limits=Limits(arguments.max_pixels, arguments.max_bytes),
         on_bad=arguments.on_bad,
-        num_workers=arguments.workers,
+        num_workers=_num_workers(arguments),
         name=arguments.name,
     )
-    return lambda: write_split(source, arguments.out, split, options)
+
+
+def _num_workers(arguments: argparse.Namespace) -> int:
+    workers: int | None = arguments.workers
+    return (os.cpu_count() or 1) if workers is None else workers
 
 
 def _index_options(arguments: argparse.Namespace) -> IndexOptions:
@@ -77,7 +88,7 @@ def _index_options(arguments: argparse.Namespace) -> IndexOptions:
         classes=_given_classes(arguments),
         limits=Limits(arguments.max_pixels, arguments.max_bytes),
         on_bad=arguments.on_bad,
-        num_workers=arguments.workers,
+        num_workers=_num_workers(arguments),
         name=arguments.name,
         reading=arguments.labels,
         image_key=arguments.image_key,
@@ -107,9 +118,10 @@ def _csv_source(arguments: argparse.Namespace) -> CsvSource:
     )
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="nldist shard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    layouts = parser.add_subparsers(dest="layout", required=True, metavar="LAYOUT")
+def parser() -> Parser:
+    """The command line."""
+    parse = Parser(prog="nldist shard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layouts = parse.add_subparsers(dest="layout", required=True, metavar="LAYOUT")
     writing, general = _writing_options(), _general_options()
     split = Parser(add_help=False)
     split.add_argument("--split", required=True, help="name of the split, such as train or test")
@@ -150,7 +162,7 @@ def _parser() -> Parser:
     )
     for layout in layouts.choices.values():
         layout.add_argument("out", type=Path, help="the data set's directory; its other splits are kept")
-    return parser
+    return parse
 
 
 def _writing_options() -> Parser:
@@ -163,15 +175,19 @@ def _writing_options() -> Parser:
         metavar="PIXELS",
         help="shrink images whose short side is longer to this short side; smaller images are left alone",
     )
+    options.add_argument(
+        "--check",
+        choices=get_args(Check),
+        default="decode",
+        help="how a JPEG that stays as it is is checked: decoded, or only its header and its end (%(default)s)",
+    )
     return options
 
 
 def _general_options() -> Parser:
     limits = Limits()
     options = Parser(add_help=False)
-    options.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes; 0: only this one (%(default)s)"
-    )
+    options.add_argument("--workers", type=int, help="processes; 0: only this one (default: number of cores)")
     options.add_argument("--name", help="the data set's name (default: as it is, or its directory's name)")
     options.add_argument(
         "--on-bad",

@@ -2,6 +2,7 @@
 
 nldist submit CONFIG [key=value ...] --nodes 4 --gpus-per-node 8 --time 24:00:00 --partition gpu
 nldist submit configs/demo.yaml --cluster local --tasks-per-node 2 --wait
+nldist submit --shard webvision raw/webvision data/webvision --nodes 8 --cpus-per-task 16 (see nldist submit --shard -h)
 
 Configuration, data and paths are checked before anything is queued. Options that are the same for all your jobs go
 into cluster.yaml (see docs/clusters.md).
@@ -9,6 +10,7 @@ into cluster.yaml (see docs/clusters.md).
 
 import argparse
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,7 +76,12 @@ def settings_of(options: argparse.Namespace, cluster: Cluster) -> ClusterSetting
 @main_guard
 def main(argv: list[str] | None = None) -> int:
     """Check, submit, and follow if asked to."""
-    options = parser().parse_with_overrides(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if "--shard" in words:
+        from nldist.cli.submit_shard import submit_shards
+
+        return submit_shards(words)
+    options = parser().parse_with_overrides(words)
     cluster = cluster_of(options)
     refuse(options, cluster)
     settings = settings_of(options, cluster)
@@ -114,13 +121,13 @@ def root_of(configs: list[Config]) -> Path:
 
 def print_files(configs: list[Config], settings: ClusterSettings, stages: bool) -> None:
     """The batch file of each job."""
-    from nldist.launch.submit import sbatch_text
+    from nldist.launch.submit import after, sbatch_text
 
-    root, before = root_of(configs), None
+    root, dependency = root_of(configs), None
     for stage in chain(configs[0]) if stages else [None]:
         name = f"{root.name}-{stage}" if stage else root.name
-        print(sbatch_text(configs, (root / "logs").absolute(), name, settings, before))
-        before = f"JOB-{stage}"  # whose number is not known yet
+        print(sbatch_text(len(configs), (root / "logs").absolute(), name, settings, dependency))
+        dependency = after(f"JOB-{stage}", len(configs))  # whose number is not known yet
 
 
 def queue(configs: list[Config], cluster: Cluster, settings: ClusterSettings, options: argparse.Namespace) -> int:

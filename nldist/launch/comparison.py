@@ -16,9 +16,9 @@ from nldist.dist.stop import EXIT_STOPPED
 from nldist.errors import UserError
 from nldist.files import write_text
 from nldist.launch.checks import check, claim
-from nldist.launch.follow import ENDED, wait
+from nldist.launch.follow import wait
 from nldist.launch.settings import Cluster, ClusterSettings
-from nldist.launch.slurm import job_state
+from nldist.launch.slurm import is_queued
 from nldist.launch.submit import share_cores, submit
 from nldist.run.directory import RunDirectory
 from nldist.track.store import store_uri
@@ -119,7 +119,7 @@ class Comparison:
         return {
             run: submitit.SlurmJob(self._logs, job, tasks=list(range(self._settings.num_ranks)))
             for run, job in known.items()
-            if run in names and _is_queued(job)
+            if run in names and is_queued(job)
         }
 
     @contextlib.contextmanager
@@ -146,14 +146,6 @@ class Comparison:
             tracker.end("KILLED", 3)
             raise
         tracker.end("KILLED" if self.missing else "FINISHED")
-
-
-def _is_queued(job: str) -> bool:
-    """Whether a job waits or runs; one that neither the controller nor the accounting knows does not."""
-    try:
-        return job_state(job) not in {*ENDED, "UNKNOWN"}
-    except UserError:  # there is no accounting
-        return False
 
 
 def _epochs(config: Config) -> int | None:

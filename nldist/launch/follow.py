@@ -42,8 +42,9 @@ def wait(jobs: Sequence[Job]) -> int:
         for file in files:
             file.show()
     bad = {job: state for job, state in states.items() if state != "COMPLETED"}
+    logs = {job.job_id: job.paths.stderr for job in jobs}
     for job, state in bad.items():
-        print(f"job {job} ended: {state}", file=sys.stderr)
+        print(f"job {job} ended: {state}; see {logs[job]}", file=sys.stderr)
     if bad and set(bad.values()) == {STOPPED}:
         return EXIT_STOPPED
     return 1 if bad else 0

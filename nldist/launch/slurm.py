@@ -45,6 +45,14 @@ def job_state(job: str) -> str:
     return words[0].rstrip("+") if words else "UNKNOWN"
 
 
+def is_queued(job: str) -> bool:
+    """Whether a job waits or runs; one that neither the controller nor the accounting knows does not."""
+    try:
+        return job_state(job) not in {*FINAL_STATES, "UNKNOWN"}
+    except UserError:  # there is no accounting
+        return False
+
+
 def _run(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -9,7 +9,7 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ def _check_name(cluster: Cluster, folder: Path) -> None:
     """Refuse (UserError) a folder in whose name submitit, or Slurm as well, would put in numbers of jobs and ranks."""
     if found := re.search("%" if cluster == "slurm" else "%[jtaA]", str(folder)):
         who, what = "Slurm" if cluster == "slurm" else "submitit", str(folder)[found.start() : found.start() + 2]
-        raise UserError(f"{folder}: {who} puts something else in the place of {what}; set a run.dir without %")
+        raise UserError(f"{folder}: {who} puts something else in the place of {what}; take a path without %")
 
 
 def _srun(settings: ClusterSettings) -> list[str]:
@@ -174,15 +174,12 @@ def _setup(settings: ClusterSettings) -> list[str]:
     ]
 
 
-def sbatch_text(
-    configs: Sequence[Config], folder: Path, name: str, settings: ClusterSettings, before: str | None = None
-) -> str:
-    """The batch file that would be submitted, after a job called `before`."""
-    dependency = _after(before, len(configs)) if before else None
+def sbatch_text(size: int, folder: Path, name: str, settings: ClusterSettings, dependency: str | None = None) -> str:
+    """The batch file that would be submitted for a job, or for an array of this size."""
     slurm = executor("slurm", folder, name, settings, dependency)._executor
     assert isinstance(slurm, submitit.SlurmExecutor)
-    if len(configs) > 1:
-        slurm.parameters["map_count"] = len(configs)
+    if size > 1:
+        slurm.parameters["map_count"] = size
     text: str = slurm._make_submission_file_text(slurm._submitit_command_str, "")
     return text
 
@@ -208,20 +205,21 @@ def submit(
     before: Submission | None = None
     for stage in stages if stages is not None else [None]:
         name = folder.parent.name
-        dependency = _after(before.jobs[0].job_id.partition("_")[0], len(before.jobs)) if before else None
+        dependency = after(before.jobs[0].job_id.partition("_")[0], len(before.jobs)) if before else None
         chosen = executor(cluster, folder, f"{name}-{stage}" if stage else name, settings, dependency)
         here = Here(free_port(), ",".join(gpus_here()[: settings.gpus_per_node])) if cluster != "slurm" else None
         jobs = [TrainJob(config.to_yaml(), [stage] if stage else None, here) for config in configs]
-        before = Submission(stage, _queue(chosen, jobs))
+        before = Submission(stage, queue(chosen, jobs))
         yield before
 
 
-def _after(job: str, size: int) -> str:
+def after(job: str, size: int) -> str:
     """Slurm's dependency on a job; of an array every member waits for its own forerunner."""
     return f"aftercorr:{job}" if size > 1 else f"afterok:{job}"
 
 
-def _queue(chosen: submitit.AutoExecutor, jobs: Sequence[TrainJob]) -> list[submitit.Job[int]]:
+def queue(chosen: submitit.AutoExecutor, jobs: Sequence[Callable[[], int]]) -> list[submitit.Job[int]]:
+    """Queue a job, or an array of them. Raises UserError if Slurm refuses."""
     # Ctrl-C goes to all processes of a terminal. Ranks save then; submitit's controller would kill them, so it is deaf.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

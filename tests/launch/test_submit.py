@@ -18,7 +18,7 @@ from nldist.errors import UserError
 from nldist.launch.checks import check
 from nldist.launch.job import TrainJob
 from nldist.launch.settings import ClusterSettings
-from nldist.launch.submit import executor, members, sbatch_text, seeds
+from nldist.launch.submit import after, executor, members, sbatch_text, seeds
 from tests.commands import Command
 from tests.conftest import REPOSITORY
 from tests.jobs import run_job
@@ -48,9 +48,9 @@ def test_the_batch_file_is_the_golden_one(digits: Path) -> None:
     settings = ClusterSettings(
         partition="gpu", account="vision", nodes=2, gpus_per_node=8, cpus_per_task=6, setup=["module load cuda"]
     )
-    text = sbatch_text(configs, Path("/runs/x/logs"), "x", settings)
+    text = sbatch_text(len(configs), Path("/runs/x/logs"), "x", settings)
     assert text.replace(sys.executable, "PYTHON") == GOLDEN.read_text()
-    later = sbatch_text(configs, Path("/runs/x/logs"), "x", settings, before="JOB-mine").splitlines()
+    later = sbatch_text(len(configs), Path("/runs/x/logs"), "x", settings, after("JOB-mine", 2)).splitlines()
     new = {"#SBATCH --dependency=aftercorr:JOB-mine", "#SBATCH --kill-on-invalid-dep=yes"}
     assert set(later) - set(text.splitlines()) == new
 
@@ -68,7 +68,7 @@ def test_a_name_in_which_logs_would_be_lost_is_refused(
         paths = executor(cluster, folder, "x", ClusterSettings())._executor.job_class(folder, "7", [0]).paths
         assert paths.stdout == folder / "7_0_log.out"
     else:
-        with pytest.raises(UserError, match=f"in the place of {lost}; set a run.dir without %"):
+        with pytest.raises(UserError, match=f"in the place of {lost}; take a path without %"):
             executor(cluster, folder, "x", ClusterSettings())
 
 

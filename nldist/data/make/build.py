@@ -110,6 +110,10 @@ class Build:
             return False
         return not (facts.rejected and on_bad == "refuse")
 
+    def forget_shard(self, number: int) -> None:
+        """Have a shard done again."""
+        self._sidecar(number).unlink(missing_ok=True)
+
     def load_facts(self, number: int) -> ShardFacts | None:
         """What `save_shard` was told, or None if the shard is not done or its file has another size since."""
         if not self._sidecar(number).exists():
@@ -149,7 +153,9 @@ class Build:
             stale.unlink(missing_ok=True)
 
     def complete_summary(self) -> Summary:
-        """The summary of a split that was complete before."""
+        """The summary of a split that was complete before. Raises UserError if it is not."""
+        if not self._is_complete():
+            raise UserError(f"{self.folder} was removed or is not complete: run again")
         entry = read_dataset(self.root)["splits"][self.split]
         rejected = rejected_of(self.root, self.split)
         num_bytes = sum(shard["num_bytes"] for shard in entry["shards"])

@@ -16,6 +16,10 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
+class WorkerLostError(UserError):
+    """A worker process was killed from outside."""
+
+
 def run_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], num_workers: int) -> Iterator[Result]:
     """Yield `function(job)` for every job, as they finish: the order is any.
 
@@ -23,7 +27,7 @@ def run_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], num_workers
     `num_workers` 0 runs them in this process, in order; so is one job alone, which would wait for a process to start.
 
     Raises:
-        UserError: a worker process was killed from outside.
+        WorkerLostError: a worker process was killed from outside.
         Exception: what a job raises; jobs not yet begun are then dropped.
     """
     first = list(itertools.islice(jobs := iter(jobs), 2))
@@ -36,7 +40,7 @@ def run_jobs(function: Callable[[Job], Result], jobs: Iterable[Job], num_workers
     try:
         yield from _drain(pool, function, jobs, max_pending=2 * num_workers)
     except BrokenProcessPool:
-        raise UserError(
+        raise WorkerLostError(
             "a worker process was killed, perhaps for want of memory: run again with fewer workers"
         ) from None
     finally:

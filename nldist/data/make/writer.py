@@ -76,17 +76,34 @@ class SplitWriter:
             self._write_clean(table, summary)  # a kill may have left it without
             return summary
         order = np.random.default_rng(self.options.seed).permutation(table.num_rows)
-        self.build.listed.save(table, order, self.options.shard_size, listing.classes, listing.notes)
+        listed = self.build.listed
+        listed.save(table, order, self.options.shard_size, listing.classes, listing.notes)
+        for number in range(len(listed.facts().sizes)):
+            if not self.build.is_settled(number, self.options.on_bad):
+                self.build.forget_shard(number)
         return None
 
-    def todo(self) -> dict[int, int]:
-        """The shards that are missing, and how many images each is made of."""
-        sizes = enumerate(self.build.listed.facts().sizes)
-        return {number: size for number, size in sizes if not self.build.is_settled(number, self.options.on_bad)}
+    def missing(self, numbers: Iterable[int] | None = None) -> dict[int, int]:
+        """Those of these shards (or of all) that are missing, and how many images each is made of."""
+        sizes = self.build.listed.facts().sizes
+        numbers = range(len(sizes)) if numbers is None else numbers
+        return {number: sizes[number] for number in numbers if self.build.load_facts(number) is None}
 
     def write(self, numbers: Iterable[int]) -> Iterator[int]:
         """Write these shards; yields the number of images looked at for each, as they are done."""
         return run_jobs(partial(write_shard, self), numbers, self.options.num_workers)
+
+    def resume(self) -> Summary:
+        """Write what is missing and finish; or only tell, if that was done before. Only where the build is claimed.
+
+        Raises:
+            UserError: as `write_split`, or somebody has removed what was begun.
+        """
+        if not self.build.listed.file.exists():
+            return self.build.complete_summary()
+        for _ in self.write(self.missing()):
+            pass
+        return self.finish()
 
     def finish(self) -> Summary:
         """Make a split of all shards. Only where the build is claimed."""
@@ -133,10 +150,10 @@ def write_split(source: Source, root: Path, split: str, options: WriteOptions) -
         summary = writer.begin()
         if summary is not None:
             return summary
-        todo, num_images = writer.todo(), sum(writer.build.listed.facts().sizes)
-        num_new = sum(todo.values())
+        missing, num_images = writer.missing(), sum(writer.build.listed.facts().sizes)
+        num_new = sum(missing.values())
         with tqdm(total=num_images, initial=num_images - num_new, unit=" images", desc=split, mininterval=1.0) as bar:
-            for num_looked_at in writer.write(todo):
+            for num_looked_at in writer.write(missing):
                 bar.update(num_looked_at)
         return replace(writer.finish(), num_new=num_new)
 
