@@ -66,14 +66,14 @@ def by_one(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
 
 
 def test_all_splits_have_the_bytes_of_one_machine(slurm: Cluster, tmp_path: Path) -> None:
-    words = ("digits", tmp_path / "out", "--shard-size", 100, "--name", "digits")
+    words = ("digits", tmp_path / "data", "--shard-size", 100, "--name", "digits")
     done = launch("--shard", *words, *CLUSTER, "--nodes=2", "--wait", env=slurm.env, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "task 1 of 2: " in done.stdout
-    assert f"{tmp_path / 'out/train'}: 1,437 images in 15 shards, 0 left out, " in done.stdout
+    assert f"{tmp_path / 'data/train'}: 1,437 images in 15 shards, 0 left out, " in done.stdout
     assert re.search(r"^1,797 images, [\d.]+ s since they were queued, \d+ images/s$", done.stdout, re.M)
     assert nldist("shard", *words[:1], tmp_path / "one", *words[2:], "--workers=0").code == 0
-    assert hashes(tmp_path / "out") == hashes(tmp_path / "one")
+    assert hashes(tmp_path / "data") == hashes(tmp_path / "one")
     again = launch("--shard", *words, *CLUSTER, "--nodes=2", env=slurm.env, folder=tmp_path)
     assert again.returncode == 0
     assert "already complete, 1,437 images in 15 shards" in again.stdout
@@ -105,7 +105,7 @@ def requeue(slurm: Cluster, job: str) -> None:
 def test_a_task_that_was_killed_is_started_again_and_no_byte_is_another(
     disturb: Callable[[Cluster, str], None], slurm: Cluster, raw: Path, by_one: dict[str, str], tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
+    out = tmp_path / "data"
     words = ("folder", raw, out, *OPTIONS, "--on-bad=skip", "--nodes=2", "--workers=2")
     first, second, last = submitted(slurm, *words, folder=tmp_path)
     wait_for_shards(out, 6)
@@ -118,7 +118,7 @@ def test_a_task_that_was_killed_is_started_again_and_no_byte_is_another(
 def test_another_number_of_tasks_goes_on_with_what_cancelled_ones_have_left(
     slurm: Cluster, raw: Path, by_one: dict[str, str], tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
+    out = tmp_path / "data"
     words = ("folder", raw, out, *OPTIONS, "--on-bad=skip")
     jobs = submitted(slurm, *words, "--nodes=2", folder=tmp_path)
     wait_for_shards(out, 6)
@@ -141,14 +141,14 @@ def test_another_number_of_tasks_goes_on_with_what_cancelled_ones_have_left(
 def test_bad_images_are_told_at_the_end_and_left_out_without_writing_the_shards_again(
     slurm: Cluster, raw: Path, by_one: dict[str, str], tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
+    out = tmp_path / "data"
     words = ("--shard", "folder", raw, out, *OPTIONS, *CLUSTER, "--nodes=2", "--wait")
     done = launch(*words, env=slurm.env, folder=tmp_path)
     assert done.returncode == 1
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert error.startswith(f"error: 3 of 163 images of {out / 'train'} are bad (cow/broken")
     (ended,) = [line for line in done.stderr.splitlines() if " ended: " in line]
-    assert re.fullmatch(rf"job \d+ ended: FAILED; see {tmp_path}/out-logs/\d+_0_log.err", ended)
+    assert re.fullmatch(rf"job \d+ ended: FAILED; see {tmp_path}/data-logs/\d+_0_log.err", ended)
     assert hashes(out)["rejected.jsonl"] == by_one["rejected.jsonl"]
     before = {path: path.stat().st_mtime_ns for path in out.glob("train/*.tar")}
     skipped = launch(*words, "--on-bad=skip", env=slurm.env, folder=tmp_path)
@@ -159,7 +159,7 @@ def test_bad_images_are_told_at_the_end_and_left_out_without_writing_the_shards_
 
 
 def test_a_task_that_fails_is_one_line_and_the_end(slurm: Cluster, raw: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+    out = tmp_path / "data"
     words = ("--shard", "folder", raw, out, *OPTIONS, "--on-bad=skip", *CLUSTER, "--nodes=2", "--wait")
     command = Command(main, words, tmp_path / "log", slurm.env | {"PYTHONPATH": str(REPOSITORY)})
     wait_for_shards(out, 2)
@@ -168,7 +168,7 @@ def test_a_task_that_fails_is_one_line_and_the_end(slurm: Cluster, raw: Path, tm
     done = command.wait()
     assert done.returncode == 1
     check_failure(done, taken)
-    assert json.loads((tmp_path / "out-logs" / ".jobs.json").read_text())
+    assert json.loads((tmp_path / "data-logs" / ".jobs.json").read_text())
 
 
 def check_failure(done: Done, taken: Path) -> None:
@@ -190,23 +190,23 @@ def check_failure(done: Done, taken: Path) -> None:
 def test_what_cannot_be_is_refused_in_one_line_and_nothing_written(
     words: list[str], message: str, slurm: Cluster, raw: Path, tmp_path: Path
 ) -> None:
-    done = launch("--shard", "folder", raw, tmp_path / "out", *OPTIONS, *words, env=slurm.env, folder=tmp_path)
+    done = launch("--shard", "folder", raw, tmp_path / "data", *OPTIONS, *words, env=slurm.env, folder=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert message in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "data").exists()
 
 
 def test_the_files_for_sbatch_are_printed_and_nothing_queued(slurm: Cluster, raw: Path, tmp_path: Path) -> None:
-    words = ("--shard", "folder", raw, tmp_path / "out", *OPTIONS, *CLUSTER, "--nodes=2", "--dry-run")
+    words = ("--shard", "folder", raw, tmp_path / "data", *OPTIONS, *CLUSTER, "--nodes=2", "--dry-run")
     done = launch(*words, env=slurm.env, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     about, array, last = done.stdout.split("#!/bin/bash")
-    assert about == f"# {tmp_path / 'out/train'}: 163 images\n"
+    assert about == f"# {tmp_path / 'data/train'}: 163 images\n"
     assert "#SBATCH --array=0-1%" in array
     assert "#SBATCH --nodes=1" in array
     assert "#SBATCH --dependency=afterok:JOB" in last
     script = tmp_path / "job.sh"
     script.write_text("#!/bin/bash" + array)
     slurm.run("sbatch", "--test-only", script)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "data").exists()
     assert slurm.run("squeue", "--noheader") == ""
