@@ -17,6 +17,7 @@ import webdataset
 from PIL import Image
 
 from nldist.data.make.finish import Summary
+from nldist.data.make.shards import header
 from nldist.data.make.sources.folder import FolderSource
 from nldist.data.make.writer import WriteOptions, write_split
 from nldist.errors import UserError
@@ -112,6 +113,14 @@ def test_tar_headers_carry_nothing_of_this_machine(folder: Path, tmp_path: Path)
     with tarfile.open(tmp_path / "out/train/train-000000.tar") as tar:
         for member in tar:
             assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
+
+
+@pytest.mark.parametrize("name", ["a/b.jpg", "x" * 100, "x" * 101, "a/" * 60 + "b.cls", "ä.jpg", "a\tb.jpg", ""])
+@pytest.mark.parametrize("size", [0, 7, 8**11 - 1, 8**11])
+def test_headers_are_those_of_tarfile(name: str, size: int) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = size
+    assert header(name, size) == member.tobuf(tarfile.PAX_FORMAT)
 
 
 def test_awkward_names_keep_their_samples_apart(tmp_path: Path) -> None:

@@ -1,14 +1,11 @@
 """Raw images to WebDataset shards: parallel, restartable, the same bytes whatever the number of workers."""
 
 import hashlib
-import tarfile
 import textwrap
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +15,11 @@ from tqdm import tqdm
 from nldist.data.index import Index
 from nldist.data.labels import CLEAN, transition_table, write_label_set
 from nldist.data.make.build import Build
-from nldist.data.make.finish import Record, Rejected, ShardFacts, Summary, finish
-from nldist.data.make.images import BadImageError, Check, Encoded, Limits, normalise
+from nldist.data.make.finish import Rejected, ShardFacts, Summary, finish
+from nldist.data.make.images import BadImageError, Check, Limits, normalise
 from nldist.data.make.keys import keys_of, readable
 from nldist.data.make.parallel import run_jobs
+from nldist.data.make.shards import ShardWriter
 from nldist.data.make.sources.base import Listing, Source
 from nldist.data.manifest import writing
 from nldist.errors import UserError
@@ -180,42 +178,6 @@ def write_shard(writer: SplitWriter, number: int) -> int:
     name = str(path.relative_to(build.root))
     build.save_shard(number, records, ShardFacts(name, len(records), num_bytes, sha256, rejected))
     return int(rows.num_rows)
-
-
-class ShardWriter:
-    """A WebDataset tar whose bytes depend on nothing but the samples."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-        self._num_bytes = 0
-
-    def add(self, key: str, image: Encoded, label: int) -> Record:
-        """Append KEY.EXTENSION and KEY.cls."""
-        offset = self._append(f"{key}.{image.extension}", image.data)
-        self._append(f"{key}.cls", b"%d" % label)
-        return Record(key, offset, len(image.data), label, zlib.crc32(image.data), image.height, image.width)
-
-    def close(self) -> tuple[int, str]:
-        """End the archive and return its number of bytes and SHA-256."""
-        end = self._num_bytes + 2 * tarfile.BLOCKSIZE
-        self._write(bytes(-(-end // tarfile.RECORDSIZE) * tarfile.RECORDSIZE - self._num_bytes))
-        return self._num_bytes, self._digest.hexdigest()
-
-    def _append(self, name: str, data: bytes) -> int:
-        """Append a member and return the offset of its data."""
-        member = tarfile.TarInfo(name)  # time, owner and group are 0 or empty by default
-        member.size = len(data)
-        self._write(member.tobuf(tarfile.PAX_FORMAT))
-        offset = self._num_bytes
-        self._write(data)
-        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
-        return offset
-
-    def _write(self, data: bytes) -> None:
-        self._digest.update(data)
-        self._file.write(data)
-        self._num_bytes += len(data)
 
 
 def _sorted(listing: Listing) -> pa.Table:
