@@ -42,7 +42,9 @@ def submit_shards(words: Sequence[str]) -> int:
     sharding = Sharding(writers, out.with_name(f"{out.name}-logs"), settings)
     if options.dry_run:
         for writer in writers:
-            print(f"# {writer.build.folder}: {writer.check():,} images")
+            found = writer.find()
+            writer.build.check(found.plan, found.listing.classes)
+            print(f"# {writer.build.folder}: {found.table.num_rows:,} images")
         print("\n".join(sharding.batch_files()))
         return 0
     with sharding.alone():

@@ -92,12 +92,13 @@ class Sharding:
         """Start or go on; returns the summaries of the splits that are complete.
 
         Raises:
-            UserError: as `SplitWriter.begin`, for any split.
+            UserError: as `write_split`, for any split.
         """
         complete = []
         for writer in list(self.writers):
+            found = writer.find()
             with writer.build.claimed():
-                summary = writer.begin()
+                summary = writer.begin(found)
             if summary is not None:
                 self.writers.remove(writer)
                 complete.append(summary)

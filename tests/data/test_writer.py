@@ -199,6 +199,19 @@ def test_bad_files_are_refused_then_skipped(folder: Path, tmp_path: Path) -> Non
     assert index(out)["id"] == list(range(21))
 
 
+def test_a_jpeg_may_be_checked_by_its_header_alone(folder: Path, tmp_path: Path) -> None:
+    """What is cut short is found all the same, broken tables are not."""
+    whole = (folder / "ant/000.jpg").read_bytes()
+    tables = whole.index(b"\xff\xc4")
+    (folder / "ant/tables.jpg").write_bytes(whole[: tables + 5] + b"\xff" * 8 + whole[tables + 13 :])
+    (folder / "ant/cut.jpg").write_bytes(whole[:-5])
+    for check, refused in (("decode", ["ant/cut.jpg", "ant/tables.jpg"]), ("header", ["ant/cut.jpg"])):
+        summary = shard(folder, tmp_path / check, check=check, on_bad="skip")
+        assert sorted(entry.path for entry in summary.rejected) == refused
+    with pytest.raises(UserError, match=r"other input or options \(check differ\)"):
+        shard(folder, tmp_path / "decode", check="header", on_bad="skip")
+
+
 def test_repaired_files_are_taken_by_the_next_run(folder: Path, tmp_path: Path) -> None:
     (folder / "ant/bad.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"1 of 22 images .*ant/bad\.png: empty file"):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +50,14 @@ class WriteOptions:
             raise UserError("shard size and resize must be at least 1, workers at least 0")
 
 
+class Found(NamedTuple):
+    """The images of a split in the order of their paths, what their source says of them, and the plan."""
+
+    table: pa.Table
+    listing: Listing
+    plan: dict[str, object]
+
+
 @dataclass(frozen=True)
 class SplitWriter:
     """The writing of a split's shards from a source. Small and picklable: it goes to every process that writes some.
@@ -60,15 +69,15 @@ class SplitWriter:
     build: Build
     options: WriteOptions
 
-    def check(self) -> int:
-        """The number of images, of a split that can be written. Raises UserError if it cannot."""
-        table, listing, plan = self._list()
-        self.build.check(plan, listing.classes)
-        return int(table.num_rows)
+    def find(self) -> Found:
+        """List the images. Raises UserError if they cannot be a split."""
+        listing = self.source.listing()
+        table = _with_keys(_sorted(listing))
+        return Found(table, listing, _plan(self.source, table, listing.classes, self.options))
 
-    def begin(self) -> Summary | None:
+    def begin(self, found: Found) -> Summary | None:
         """Start or go on; returns the summary if the split is complete. Only where the build is claimed."""
-        table, listing, plan = self._list()
+        table, listing, plan = found
         if not self.build.begin(plan, listing.classes):
             summary = self.build.complete_summary()
             self._write_clean(table, summary)  # a kill may have left it without
@@ -114,12 +123,6 @@ class SplitWriter:
         build.clear()
         return summary
 
-    def _list(self) -> tuple[pa.Table, Listing, dict[str, object]]:
-        """The images in the order of their paths, what their source says of them, and the plan."""
-        listing = self.source.listing()
-        table = _with_keys(_sorted(listing))
-        return table, listing, _plan(self.source, table, listing.classes, self.options)
-
     def _write_clean(self, table: pa.Table, summary: Summary) -> None:
         """Write the column clean, if there is one, as a label set, and note how the given labels differ from it."""
         if CLEAN not in table.column_names:
@@ -144,10 +147,12 @@ def write_split(source: Source, root: Path, split: str, options: WriteOptions) -
             the user can put right. Finished shards are kept.
     """
     writer = SplitWriter(source, Build(root, split), options)
+    found = writer.find()
     with writer.build.claimed():
-        summary = writer.begin()
+        summary = writer.begin(found)
         if summary is not None:
             return summary
+        del found  # gigabytes, which are on disk now
         missing, num_images = writer.missing(), sum(writer.build.listed.facts().sizes)
         num_new = sum(missing.values())
         with tqdm(total=num_images, initial=num_images - num_new, unit=" images", desc=split, mininterval=1.0) as bar:
