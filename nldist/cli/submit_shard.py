@@ -34,6 +34,7 @@ def submit_shards(words: Sequence[str]) -> int:
         arguments.workers = settings.cpus_per_task or 1
     writers = _writers(arguments)
     # Imported when the options are known to be right: these take seconds.
+    from nldist.launch.follow import wait
     from nldist.launch.sharding import Sharding
     from nldist.launch.submit import check_cluster
 
@@ -50,7 +51,8 @@ def submit_shards(words: Sequence[str]) -> int:
     with sharding.alone():
         for summary in sharding.begin():
             print(summary.report(arguments.out / summary.split, 0), flush=True)
-        return _queue(sharding, options.wait) if sharding.writers else 0
+        jobs = _queued(sharding) if sharding.writers else []
+    return wait(jobs) if jobs and options.wait else 0
 
 
 def _parser() -> Parser:
@@ -86,10 +88,8 @@ def _writers(arguments: argparse.Namespace) -> list[SplitWriter]:
     return [SplitWriter(source, Build(arguments.out, split), written) for split, source in sources]
 
 
-def _queue(sharding: "Sharding", waits: bool) -> int:
-    from nldist.launch.follow import wait
-
+def _queued(sharding: "Sharding") -> list:
     jobs, finish = sharding.submit()
     print("\n".join([*report(None, jobs), *report("finish", [finish])]), flush=True)
     print(f"to cancel  scancel {numbers([*jobs, finish])}", flush=True)
-    return wait([*jobs, finish]) if waits else 0
+    return [*jobs, finish]
