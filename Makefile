@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= passive
 # Without bytecode each process compiles torch and all else anew: seconds. uv writes none by itself.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test soak lint format bench clean
+.PHONY: setup demo test soak lint format bench rehearsal clean
 
 setup: .venv/.ready
 
@@ -53,6 +53,10 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/mixture.py
 	$(BIN)/python benchmarks/input.py
+
+# All that nldist does with 2.4 M tiny images on two ranks; an hour, 25 GB. ARGS="--scale 0.01": minutes.
+rehearsal: setup
+	$(BIN)/python benchmarks/rehearsal.py $(ARGS)
 
 clean:
 	rm -rf runs .venv

@@ -13,6 +13,7 @@ from nldist.data.index import owned
 from nldist.dist.checksums import Files
 from nldist.dist.world import World
 
+_BLOCK_BYTES = 1 << 25
 _SLICE = re.compile(r"(?P<column>.+)\.(?P<start>\d{12})-(?P<stop>\d{12})\.npy")
 
 
@@ -140,12 +141,25 @@ class SampleTable:
                 start, stop = int(match["start"]), int(match["stop"])
                 low, high = max(start, self.owned.start), min(stop, self.owned.stop)
                 if match["column"] == name and low < high:
-                    part = np.load(path, mmap_mode="r", allow_pickle=False)[low - start : high - start]
-                    place = slice(low - self.owned.start, high - self.owned.start)
-                    column.rows[place] = torch.from_numpy(np.array(part)).to(column.rows)
+                    _read(path, low - start, column.rows[low - self.owned.start : high - self.owned.start])
                     num_read += high - low
             if num_read != len(self.owned) and any(match["column"] == name for match, _ in slices):
                 raise ValueError(f"{directory}: column {name} holds {num_read} of {len(self.owned)} owned rows")
+
+
+def _read(path: Path, first: int, rows: Tensor) -> None:
+    """Read the rows of an .npy file from the `first` on into `rows`, of which there is no room for a second copy."""
+    for block in blocks(rows):
+        # Mapped anew each time: pages that have been read would stay this process's.
+        part = np.load(path, mmap_mode="r", allow_pickle=False)[first : first + len(block)]
+        block.copy_(torch.from_numpy(np.array(part)))
+        first += len(block)
+
+
+def blocks(rows: Tensor) -> Sequence[Tensor]:
+    """Consecutive rows (b, ...) of a column's, each some MiB: to work on a copy of wide rows."""
+    row_bytes = rows.element_size() * int(np.prod(rows.shape[1:], dtype=np.int64))
+    return torch.split(rows, max(1, _BLOCK_BYTES // max(1, row_bytes)))
 
 
 def slices_for(names: Iterable[str], rank: int, size: int) -> list[str]:

@@ -19,12 +19,13 @@ _ROWS = 65_536
 _DTYPE = np.dtype("<i4")
 
 
-def normalise(features: np.ndarray) -> np.ndarray:
+def normalise(features: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """Scale features (n, d) to length 1, float32, so that inner products are cosines.
 
-    Zero vectors, which a network may well give after a ReLU, stay zero: their similarity to every vector is 0.
+    Zero vectors, which a network may well give after a ReLU, stay zero: their similarity to every vector is 0. `out`
+    gets them, and may be `features` itself, where there is no room for both.
     """
-    out = np.empty(features.shape, np.float32)
+    out = np.empty(features.shape, np.float32) if out is None else out
     for start in range(0, len(features), _ROWS):
         rows = torch.from_numpy(features[start : start + _ROWS].astype(np.float32))
         scale = lengths(rows)[:, None]

@@ -19,6 +19,7 @@ from nldist.models.network import Predictor
 from nldist.passes.base import Metrics, Pass
 from nldist.passes.context import Context
 from nldist.passes.method import Method, Phase
+from nldist.passes.soft import soft_dtype
 from nldist.passes.supervised import Step, SupervisedPass
 from nldist.passes.sweep import Sweep
 
@@ -103,7 +104,8 @@ class AnchorSweep(Sweep):
     def start(self, num_steps: int, start_step: int) -> None:
         """See Pass."""
         table, world = self.context.table, self.context.world
-        rows = torch.zeros(len(table.owned), self.context.train.num_classes, device=world.device)
+        shape, dtype = (len(table.owned), self.context.train.num_classes), soft_dtype(self.context)
+        rows = torch.zeros(shape, dtype=dtype, device=world.device)
         self.noisy = Column(rows, table.num_samples, world, 0)
 
     def resume_step(self, num_done: int) -> int | None:

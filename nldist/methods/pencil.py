@@ -79,7 +79,7 @@ class Pencil(Method):
 
     def verdicts(self) -> Verdicts:
         """See Method: the label distributions are the method's own opinion."""
-        return soft_verdicts(self.context, self.variables.rows.float().softmax(1))
+        return soft_verdicts(self.context, self.variables.rows, read=lambda rows: rows.float().softmax(1))
 
 
 def divergence(logits: Tensor, log_labels: Tensor) -> Tensor:

@@ -53,7 +53,9 @@ class SearchSweep(Sweep):
         features = self._features
         if features is None:
             features = torch.zeros((len(owned), width), dtype=torch.float32)
-        index = ShardedIndex.build(normalise(features[mine - owned.start].numpy()), context.world)
+        vectors = features[mine - owned.start].numpy()
+        self._features = features = None
+        index = ShardedIndex.build(normalise(vectors, out=vectors), context.world)
         found = neighbours_of(index, places, self._column.rows.shape[1])
         self._column[torch.from_numpy(mine)] = torch.from_numpy(ids[found])
         return {}

@@ -1,10 +1,12 @@
 """Soft labels: a row of class probabilities for every sample, with its owner."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from nldist.dist.table import Column
+from nldist.dist.table import Column, blocks
 from nldist.passes.base import Metrics
 from nldist.passes.context import Context
 from nldist.passes.method import Verdicts
@@ -16,8 +18,12 @@ def soft_rows(context: Context, name: str) -> Column:
     Every epoch sees each sample once, on its owner, and a checkpoint holds the rows: an update within a step happens
     exactly once, also in a run that is killed and resumed.
     """
-    dtype = {"float32": torch.float32, "float16": torch.float16}[context.config.method.soft_dtype]
-    return context.table.add(name, dtype, (context.train.num_classes,), on="device")
+    return context.table.add(name, soft_dtype(context), (context.train.num_classes,), on="device")
+
+
+def soft_dtype(context: Context) -> torch.dtype:
+    """What rows of class probabilities of every sample are kept in."""
+    return {"float32": torch.float32, "float16": torch.float16}[context.config.method.soft_dtype]
 
 
 def soft_labels(context: Context, name: str, height: float = 1) -> Column:
@@ -70,17 +76,27 @@ def accuracy(context: Context, column: Column, population: np.ndarray | None = N
     return {"soft_accuracy": 100 * float(counts[0] / counts[1])}
 
 
-def soft_verdicts(context: Context, rows: Tensor, seen: Tensor | None = None) -> Verdicts:
+def soft_verdicts(
+    context: Context, rows: Tensor, seen: Tensor | None = None, read: Callable[[Tensor], Tensor] = torch.Tensor.float
+) -> Verdicts:
     """What rows of class probabilities say of the labels.
 
     Args:
         context: of the run.
         rows: (owned, C), of any sum; a row of zeros says nothing.
         seen: bool (owned,), which of them say something; None = all others.
+        read: makes probabilities of rows (b, C), of some at a time: a copy of all may not fit.
     """
-    owned, total = context.table.owned, rows.sum(1, dtype=torch.float32)
+    owned = context.table.owned
     labels = torch.from_numpy(context.labels[owned.start : owned.stop]).long().to(rows.device)
+    parts, start = [], 0
+    for block in blocks(rows):
+        probabilities = read(block)
+        given = probabilities.gather(1, labels[start : start + len(block), None])[:, 0]
+        parts.append((probabilities.sum(1), given, probabilities.argmax(1)))
+        start += len(block)
+    total, given, classes = (torch.cat(part) for part in zip(*parts, strict=True))
     told = total > 0 if seen is None else seen & (total > 0)
-    clean = torch.where(told, rows.gather(1, labels[:, None])[:, 0].float() / total, torch.nan)
-    suggested = torch.where(told, rows.argmax(1), -1)
+    clean = torch.where(told, given / total, torch.nan)
+    suggested = torch.where(told, classes, -1)
     return Verdicts(clean.cpu().numpy(), suggested.cpu().numpy().astype(np.int16))

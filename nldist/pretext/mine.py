@@ -1,6 +1,6 @@
 """Stage mine: features of every image in one sweep, then the graph of nearest neighbours (ScanMix, section 3.2)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,6 +54,7 @@ class Mine(Method):
         projected = self.settings.layer == "projector"
         dim = context.config.pretext.dim if projected else self.engines[0].model.num_features
         self.column = context.table.add("features", torch.float32, (dim,))
+        self._normalised = False  # whether the features have length 1
 
     def build_engines(self) -> list[Engine]:
         """See Method."""
@@ -72,7 +73,7 @@ class Mine(Method):
         """See Method."""
         return [
             Phase("features", 1, lambda epoch: [FeatureSweep(self.context, self.features, self.column)]),
-            Phase("search", 1, lambda epoch: [SearchPass(self.context)]),
+            Phase("search", 1, lambda epoch: [SearchPass(self.context, self.vectors)]),
         ]
 
     def evaluation(self, epoch: int) -> list[Pass]:
@@ -88,15 +89,37 @@ class Mine(Method):
         layer = "project" if self.settings.layer == "projector" else "features"
         return self.engines[0].infer(images, layer)[0]
 
+    def vectors(self) -> np.ndarray:
+        """The features (owned, d) of length 1, in the table itself: a copy would be as large."""
+        features = self.column.numpy()
+        if not self._normalised:
+            normalise(features, out=features)
+            self._normalised = True
+        return features
+
+    def state_dict(self) -> dict[str, Any]:
+        """See Method."""
+        return super().state_dict() | {"normalised": self._normalised}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See Method."""
+        super().load_state_dict(state)
+        self._normalised = state.get("normalised", False)  # nldist 0.2 kept them as they are
+
 
 class SearchPass(Pass):
-    """The k nearest neighbours of a block of images per step and rank, into the graph's file."""
+    """The k nearest neighbours of a block of images per step and rank, into the graph's file.
+
+    Args:
+        context: of the run.
+        vectors: gives the features of this rank's images (owned, d), of length 1.
+    """
 
     name = "search"
     trains = False
 
-    def __init__(self, context: Context) -> None:
-        self._context, self._settings = context, context.config.mine
+    def __init__(self, context: Context, vectors: Callable[[], np.ndarray]) -> None:
+        self._context, self._settings, self._vectors = context, context.config.mine, vectors
         self.batch = {"queries": self._settings.block}
         self.num_samples = len(context.train)
         self._purity: dict[str, np.ndarray] = {}
@@ -110,7 +133,7 @@ class SearchPass(Pass):
         """Index the features of all ranks."""
         context, settings = self._context, self._settings
         self._index = ShardedIndex.build(
-            normalise(context.table["features"].numpy()),
+            self._vectors(),
             context.world,
             factory=settings.factory,
             num_probe=settings.num_probe,
