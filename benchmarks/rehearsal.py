@@ -65,11 +65,12 @@ class Rehearsal:
         self._part("make images", lambda: _row(self._python("rehearsal_data.py", self.images, self._num)))
         self._part("shard", self._shard)
         self._part("noise", self._noise)
-        self._part("verify", lambda: _row(run(*CLI, "verify", self.data, "--workers", 2, log=self.log)))
-        for name in ("plans", "mixtures", "index", "transition"):
+        for name in ("plans", "mixtures", "index"):
             self._part(name, partial(self._on_ranks, name))
         for name, call in Runs(self.folder, self.data, self._num, self.log).parts().items():
             self._part(name, call)
+        self._part("transition", partial(self._on_ranks, "transition"))
+        self._part("verify", lambda: _row(run(*CLI, "verify", self.data, "--workers", 2, log=self.log)))
         return self.rows
 
     def _part(self, name: str, call: Callable[[], Row]) -> None:

@@ -94,9 +94,9 @@ def mixtures(data: Index, world: World, timed: Timed) -> None:
 def index(data: Index, world: World, timed: Timed) -> None:
     """The inverted file over a vector of every sample, and a search for some of them."""
     own = vectors(owned(len(data), world.rank, world.size), DIM)
-    built = timed("index build", lambda: ShardedIndex.build(own, world, factory=factory(len(data)), num_probe=8))
+    built = timed("index build", lambda: ShardedIndex.build(own, world, factory=factory(len(data)), num_probe=4))
     assert isinstance(built, ShardedIndex)
-    timed("index search of 20,000", lambda: built.search(own[:10_000], 21))
+    timed("index search of 20,000", lambda: built.search(own[:10_000], 11))
 
 
 def transition(data: Index, world: World, timed: Timed) -> None:

@@ -18,7 +18,7 @@ CONFIG = Path(__file__).with_name("rehearsal.yaml")
 NUM_STEPS = 150  # of a method, before it is stopped
 _SUBSET = "20000"
 _DIM = 128  # features of small_cnn
-_SCANMIX = ("method.name=scanmix", "method.dividemix.warmup_epochs=1", "train.epochs=2", "mine.num_probe=8")
+_SCANMIX = ("method.name=scanmix", "method.dividemix.warmup_epochs=1", "train.epochs=2", "mine.num_probe=4")
 # What a method is given beside benchmarks/rehearsal.yaml, and the pass that is stopped within. Those that keep a row of
 # all classes for every sample come first.
 METHODS: dict[str, tuple[str, list[str]]] = {
@@ -34,7 +34,6 @@ METHODS: dict[str, tuple[str, list[str]]] = {
     "m_correction": ("net0", []),
     "forward": ("net0", ["method.forward.estimate_epochs=1"]),
     "forward, matrix given": ("net0", ["method.name=forward", "method.forward.transition={folder}/transition.npy"]),
-    "dividemix": ("net0", []),
     "sanm": ("net0", ["method.name=dividemix", "method.ssl=sanm", f"method.dividemix.subset={_SUBSET}"]),
 }
 Row = dict[str, Any]
@@ -73,15 +72,16 @@ class Runs:
     def parts(self) -> dict[str, Callable[[], Row]]:
         """What there is to be done, by name."""
         return {
-            "selc, whole run": self._whole_run,
-            "audit": self._audit,
             "resume": self._resume,
             **{name: partial(self._some_steps, name, *METHODS[name]) for name in METHODS},
-            "simclr": partial(self._stage, "simclr"),
-            "moco": partial(self._stage, "moco"),
+            "selc, whole run": self._whole_run,
+            "audit": self._audit,
             "mine": self._mine,
             "cluster": self._cluster,
             "scanmix": self._scanmix,
+            "simclr": partial(self._stage, "simclr"),
+            "moco": partial(self._stage, "moco"),
+            "dividemix": partial(self._some_steps, "dividemix", "net0", []),
         }
 
     def _start(self, run_dir: Path, *settings: str, stages: str | None = None) -> Watched:

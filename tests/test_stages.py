@@ -15,7 +15,9 @@ from nldist.config.file import load_config
 from nldist.data.index import Index
 from nldist.dist.world import World
 from nldist.errors import UserError
+from nldist.estimate.graph import normalise
 from nldist.passes.data import Data
+from nldist.pretext.mine import MINE, Mine
 from nldist.run.directory import RunDirectory
 from nldist.train.audit import _graph
 from nldist.train.stages import _is_done, check_stages, stage_directories, stages_of
@@ -156,6 +158,27 @@ def test_the_graph_does_not_depend_on_the_number_of_ranks(digits: Path, undistur
 
 def run_stages(digits: Path, run_dir: Path, stages: str, *overrides: str, world_size: int = 1) -> None:
     assert job(digits, run_dir, *overrides, "--stages", stages, world_size=world_size) == [0] * world_size
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["ours", "as nldist 0.2 saved it"])
+def test_mining_goes_on_within_the_search_with_the_same_vectors(is_old: bool, digits: Path) -> None:
+    """They are scaled in place, once: a checkpoint says whether its features are; those of before are not."""
+
+    def mine() -> Mine:
+        return Mine(open_context(load_config(DIGITS, [f"data.root={digits}", "method.name=scanmix"]), stage=MINE))
+
+    first, again = mine(), mine()
+    features = torch.from_numpy(np.random.default_rng(0).normal(size=first.column.rows.shape)).float()
+    first.column.rows.copy_(features)
+    vectors = first.vectors().copy()
+    np.testing.assert_array_equal(vectors, normalise(features.numpy()))
+    state = first.state_dict()
+    if is_old:
+        del state["normalised"]
+    again.load_state_dict(state)
+    again.column.rows.copy_(features if is_old else first.column.rows)
+    np.testing.assert_array_equal(again.vectors(), vectors)
+    np.testing.assert_array_equal(again.vectors(), vectors)
 
 
 def test_a_stage_is_run_again_exactly_when_its_inputs_change(digits: Path) -> None:

@@ -23,6 +23,7 @@ from nldist.passes.soft import soft_dtype
 from nldist.passes.supervised import Step, SupervisedPass
 from nldist.passes.sweep import Sweep
 
+_CLASSES = 8  # whose anchors are looked for at a time
 TRANSITION_FILE = "transition.npy"
 
 
@@ -142,14 +143,42 @@ def estimate_transition(noisy: Column, percentile: float, world: World) -> np.nd
         percentile: an anchor is the sample surest of its class below this percentile; of all at 100.
         world: the ranks.
     """
-    anchors = []
-    for column in noisy.rows.T:
-        everyone = world.all_gather(column.float().cpu().numpy())
-        if percentile < 100:
-            everyone = np.where(everyone < np.percentile(everyone, percentile, method="higher"), everyone, -1)
-        anchors.append(int(everyone.argmax()))
+    anchors = [
+        anchor
+        for columns in noisy.rows.split(_CLASSES, dim=1)
+        for anchor in _anchors(columns.T.contiguous().float().cpu().numpy(), noisy.owned.start, percentile, world)
+    ]
     rows = noisy.fetch(torch.tensor(anchors, device=world.device)).cpu().double().numpy()
     return np.asarray(rows / rows.sum(1, keepdims=True))
+
+
+def _anchors(mine: np.ndarray, first: int, percentile: float, world: World) -> list[int]:
+    """The anchors of some classes, whose probabilities (classes, owned) the samples from the `first` on have."""
+    if percentile < 100:
+        mine = np.where(mine < _percentile(mine, percentile, world)[:, None], mine, -1)
+    places = mine.argmax(1) if mine.shape[1] else np.zeros(len(mine), np.int64)
+    found = np.zeros((1, len(mine)), np.dtype([("value", np.float64), ("id", np.int64)]))
+    found["value"] = mine[range(len(mine)), places] if mine.shape[1] else -np.inf
+    found["id"] = first + places
+    everyone = world.all_gather(found.view(np.int64)).view(found.dtype)
+    best = everyone["value"].argmax(0)  # of the same values the first rank's, whose ids are smaller
+    ids: list[int] = everyone["id"][best, range(len(mine))].tolist()
+    return ids
+
+
+def _percentile(mine: np.ndarray, percentile: float, world: World) -> np.ndarray:
+    """Of rows that go over all ranks, here (classes, owned), as np.percentile(method="higher"): (classes,).
+
+    It is among the greatest values of each rank, which are all that is sent.
+    """
+    num_samples = int(world.all_reduce(torch.tensor(mine.shape[1])))
+    num_above = num_samples - int(np.percentile(np.arange(num_samples), percentile, method="higher"))
+    greatest = np.full((1, len(mine), num_above), -1, np.float32)  # less than any probability
+    num_mine = min(num_above, mine.shape[1])
+    greatest[0, :, :num_mine] = np.partition(mine, mine.shape[1] - num_mine, axis=1)[:, mine.shape[1] - num_mine :]
+    everyone = world.all_gather(greatest).swapaxes(0, 1).reshape(len(mine), -1)
+    limit: np.ndarray = np.partition(everyone, -num_above, axis=1)[:, -num_above]
+    return limit
 
 
 def read_transition(path: Path, num_classes: int) -> np.ndarray:

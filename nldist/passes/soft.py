@@ -30,7 +30,8 @@ def soft_labels(context: Context, name: str, height: float = 1) -> Column:
     """A column of `soft_rows` that begins as the given labels: `height` at them, 0 elsewhere."""
     column = soft_rows(context, name)
     labels = torch.from_numpy(context.labels[column.owned.start : column.owned.stop]).long()
-    column.rows.scatter_(1, labels[:, None].to(column.rows.device), height)
+    # Not scatter_, which makes a copy of all rows of float16.
+    column.rows[torch.arange(len(labels)), labels] = height
     return column
 
 
@@ -89,14 +90,17 @@ def soft_verdicts(
     """
     owned = context.table.owned
     labels = torch.from_numpy(context.labels[owned.start : owned.stop]).long().to(rows.device)
-    parts, start = [], 0
+    # Made at once: among the blocks they would keep glibc from using freed memory again.
+    types = torch.float32, torch.bool, torch.int16
+    clean, told, suggested = (torch.empty(len(rows), dtype=dtype, device=rows.device) for dtype in types)
+    start = 0
     for block in blocks(rows):
+        part = slice(start, start := start + len(block))
         probabilities = read(block)
-        given = probabilities.gather(1, labels[start : start + len(block), None])[:, 0]
-        parts.append((probabilities.sum(1), given, probabilities.argmax(1)))
-        start += len(block)
-    total, given, classes = (torch.cat(part) for part in zip(*parts, strict=True))
-    told = total > 0 if seen is None else seen & (total > 0)
-    clean = torch.where(told, given / total, torch.nan)
-    suggested = torch.where(told, classes, -1)
-    return Verdicts(clean.cpu().numpy(), suggested.cpu().numpy().astype(np.int16))
+        total = probabilities.sum(1)
+        clean[part] = probabilities.gather(1, labels[part, None])[:, 0] / total
+        suggested[part] = probabilities.argmax(1)
+        told[part] = total > 0
+    told = told if seen is None else seen & told
+    clean[~told], suggested[~told] = torch.nan, -1
+    return Verdicts(clean.cpu().numpy(), suggested.cpu().numpy())

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+import nldist.dist.table as table_module
 from nldist.dist.checksums import Files
 from nldist.dist.table import SampleTable
 from nldist.dist.world import World
+from tests.memory import peak_growth
 from tests.ranks import run_ranks
 
 N = 23
@@ -40,6 +42,31 @@ def test_saved_by_some_ranks_and_loaded_by_others(before: int, after: int, tmp_p
     for loss, soft in run_ranks(load_and_gather, after, tmp_path):
         assert loss.tolist() == list(range(N))
         assert soft[:, 1].tolist() == [100 + i for i in range(N)]
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1)])
+def test_wide_rows_are_read_some_at_a_time(
+    before: int, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As test_saved_by_some_ranks..., with two rows of the wide column to a block."""
+    run_ranks(save, before, tmp_path)
+    for rank in range(after):
+        monkeypatch.setattr(table_module, "_BLOCK_BYTES", 12)
+        table = SampleTable(N, World(rank, after, rank, torch.device("cpu")))
+        table.add("soft", torch.float16, (3,))
+        table.load(tmp_path)
+        assert table["soft"].rows[:, 2].tolist() == [200 + id_ for id_ in table.owned]
+
+
+def test_reading_a_wide_column_needs_no_second_copy(tmp_path: Path) -> None:
+    def wide() -> SampleTable:
+        table = SampleTable(100_000, World.single())
+        table.add("soft", torch.float16, (1_000,), fill=1)
+        return table
+
+    wide().save(Files(tmp_path), ".")
+    table = wide()
+    assert peak_growth(lambda: table.load(tmp_path)) < table["soft"].rows.nbytes / 2
 
 
 def test_missing_rows_are_an_error(tmp_path: Path) -> None:
