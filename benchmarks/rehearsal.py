@@ -139,16 +139,23 @@ def check(parts: dict[str, Row]) -> dict[str, bool]:
 
 
 def growth(rows: dict[int, dict[str, Row]]) -> dict[str, bool]:
-    """Whether a part takes more than 1.3 times as much longer as there are more images."""
+    """Whether a part, or a call of a second or more, takes over 1.3 times as much longer as there are more images."""
     if len(rows) < 2:
         return {}
     small, large = min(rows), max(rows)
-    found = {}
-    for name in rows[large].keys() & rows[small].keys():
-        times = rows[large][name]["seconds"] / rows[small][name]["seconds"]
-        if times > 1.3 * large / small:
-            found[f"{name} takes {times:.1f} times as long for {large / small:.1f} times as many images"] = False
+    before, after = _seconds(rows[small]), _seconds(rows[large])
+    found = {
+        f"{name} takes {after[name] / before[name]:.1f} times as long for {large / small:.0f} times the images": False
+        for name in sorted(before.keys() & after.keys())
+        if after[name] > max(1.0, 1.3 * large / small * before[name])
+    }
     return found or {f"no part grows worse than the number of images ({small:,} to {large:,})": True}
+
+
+def _seconds(parts: dict[str, Row]) -> dict[str, float]:
+    """Of all parts and their calls, by name."""
+    calls = {f"{name}: {call}": value for name, row in parts.items() for call, value in row.get("calls", {}).items()}
+    return calls | {name: row["seconds"] for name, row in parts.items()}
 
 
 if __name__ == "__main__":

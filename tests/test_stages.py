@@ -160,7 +160,7 @@ def run_stages(digits: Path, run_dir: Path, stages: str, *overrides: str, world_
     assert job(digits, run_dir, *overrides, "--stages", stages, world_size=world_size) == [0] * world_size
 
 
-@pytest.mark.parametrize("is_old", [False, True], ids=["ours", "as nldist 0.2 saved it"])
+@pytest.mark.parametrize("is_old", [False, True], ids=["ours", "as nldist 0.1 saved it"])
 def test_mining_goes_on_within_the_search_with_the_same_vectors(is_old: bool, digits: Path) -> None:
     """They are scaled in place, once: a checkpoint says whether its features are; those of before are not."""
 

@@ -104,7 +104,7 @@ class Mine(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See Method."""
         super().load_state_dict(state)
-        self._normalised = state.get("normalised", False)  # nldist 0.2 kept them as they are
+        self._normalised = state.get("normalised", False)  # nldist 0.1 kept them as they are
 
 
 class SearchPass(Pass):
