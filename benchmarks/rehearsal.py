@@ -22,6 +22,7 @@ from typing import Any
 
 import record
 from processes import Cost, bytes_below, run, run_ranks
+from rehearsal_data import DIM, NUM_CLASSES
 from rehearsal_runs import CLI, Runs
 
 from nldist.errors import main_guard
@@ -100,7 +101,9 @@ class Rehearsal:
     def _on_ranks(self, part: str) -> Row:
         out = self.folder / "out.json"
         cost = run_ranks(HERE / "rehearsal_ranks.py", part, self.data, out, log=self.log)
-        return _row(cost, calls=json.loads(out.read_text()))
+        # What the calls were given; see Runs for that of runs.
+        rows = {"index": 4 * DIM, "transition": 2 * NUM_CLASSES}.get(part, 0)
+        return _row(cost, calls=json.loads(out.read_text()), table_mib=rows * self._num / 2 / 2**20)
 
 
 def _row(cost: Cost, **more: Any) -> Row:

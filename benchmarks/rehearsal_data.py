@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 NUM_CLASSES, NUM_TEST = 1000, 4000
+DIM = 128  # features of small_cnn
 _PER_TAR = 5000
 _STEEPNESS, _FLAT_RANKS = 1.3, 45  # of the class sizes: (rank + 45)^-1.3
 _JITTER = 6  # pixels around the class's place

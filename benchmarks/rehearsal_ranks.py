@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from neighbours import vectors
-from rehearsal_data import factory
+from rehearsal_data import DIM, factory
 
 from nldist.data import plan
 from nldist.data.index import Index, owned
@@ -28,7 +27,6 @@ from nldist.estimate.mixture import fit, normalise
 from nldist.estimate.neighbours import ShardedIndex
 from nldist.methods.forward import estimate_transition
 
-DIM = 128
 _BLOCK = 4096
 
 Timed = Callable[[str, Callable[[], object]], object]
@@ -93,10 +91,25 @@ def mixtures(data: Index, world: World, timed: Timed) -> None:
 
 def index(data: Index, world: World, timed: Timed) -> None:
     """The inverted file over a vector of every sample, and a search for some of them."""
-    own = vectors(owned(len(data), world.rank, world.size), DIM)
+    own = _vectors(len(owned(len(data), world.rank, world.size)), world.rank)
     built = timed("index build", lambda: ShardedIndex.build(own, world, factory=factory(len(data)), num_probe=4))
     assert isinstance(built, ShardedIndex)
     timed("index search of 20,000", lambda: built.search(own[:10_000], 11))
+
+
+def _vectors(num_vectors: int, rank: int) -> np.ndarray:
+    """Vectors of length 1 around 1,000 places, float32; made in the place where they are kept."""
+    out = np.empty((num_vectors, DIM), np.float32)
+    spread = (1.0 + np.arange(DIM, dtype=np.float32)) ** -0.5  # falls off over the dimensions, as in learned features
+    centres = np.random.default_rng(0).standard_normal((1000, DIM), np.float32)
+    random = np.random.default_rng([1, rank])
+    for start in range(0, num_vectors, _BLOCK):
+        rows = out[start : start + _BLOCK]
+        rows[:] = centres[random.integers(1000, size=len(rows))]
+        rows += 0.7 * random.standard_normal(rows.shape, np.float32)
+        rows *= spread
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return out
 
 
 def transition(data: Index, world: World, timed: Timed) -> None:

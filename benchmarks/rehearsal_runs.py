@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 from processes import Group, bytes_below, run, start_ranks, status
-from rehearsal_data import NUM_CLASSES, factory
+from rehearsal_data import DIM, NUM_CLASSES, factory
 
 CLI = ("-m", "nldist.cli")
 CONFIG = Path(__file__).with_name("rehearsal.yaml")
 NUM_STEPS = 150  # of a method, before it is stopped
 _SUBSET = "20000"
-_DIM = 128  # features of small_cnn
 _SCANMIX = ("method.name=scanmix", "method.dividemix.warmup_epochs=1", "train.epochs=2", "mine.num_probe=4")
 # What a method is given beside benchmarks/rehearsal.yaml, and the pass that is stopped within. Those that keep a row of
 # all classes for every sample come first.
@@ -185,7 +184,7 @@ class Runs:
         calls = {f"until {name}": seconds for name, seconds in job.passes.items()}
         size = bytes_below(next((self.folder / "stages").glob("mine-*")))
         row = {"seconds": cost.seconds, "peak_mib": round(cost.peak_mib), "calls": calls, "disk_bytes": size}
-        return row | {"table_mib": 4 * _DIM * self._num / 2 / 2**20, "state_bytes": 4 * _DIM}
+        return row | {"table_mib": 4 * DIM * self._num / 2 / 2**20, "state_bytes": 4 * DIM}
 
     def _cluster(self) -> Row:
         """Some steps; an epoch would take long, so that the network as it is stands for what it leaves."""
