@@ -13,7 +13,7 @@ from nldist.data.index import owned
 from nldist.dist.checksums import Files
 from nldist.dist.world import World
 
-_BLOCK_BYTES = 1 << 24
+_BLOCK_BYTES = 1 << 22
 _SLICE = re.compile(r"(?P<column>.+)\.(?P<start>\d{12})-(?P<stop>\d{12})\.npy")
 
 
