@@ -145,7 +145,7 @@ def estimate_transition(noisy: Column, percentile: float, world: World) -> np.nd
     """
     anchors = [
         anchor
-        for columns in noisy.rows.split(_CLASSES, dim=1)
+        for columns in torch.split(noisy.rows, _CLASSES, dim=1)
         for anchor in _anchors(columns.T.contiguous().float().cpu().numpy(), noisy.owned.start, percentile, world)
     ]
     rows = noisy.fetch(torch.tensor(anchors, device=world.device)).cpu().double().numpy()
