@@ -76,23 +76,23 @@ class Group:
         return time.perf_counter() - self.began
 
     def until(self, reached: Callable[[], bool]) -> float:
-        """Wait until `reached()`; the seconds since the start then.
+        """Wait until `reached()`, or until all have ended well; the seconds since the start then.
 
         Raises:
-            UserError: a process ended before.
+            UserError: a process has failed.
         """
         while not reached():
             if self._collect(os.WNOHANG):
-                self.kill()
-                raise UserError(f"{' '.join(self.commands[0])} has ended too early; see {self.log}")
+                return self.end().seconds
             time.sleep(_POLL_SECONDS)
         return self.seconds
 
     def stop(self) -> Cost:
         """Ask the first of them to stop, as Slurm does, and wait for all; seconds from the signal on."""
         began = time.perf_counter()
-        self._processes[0].send_signal(signal.SIGTERM)
-        peak = self.end(_STOPPED).peak_mib
+        if self._processes[0].returncode is None:
+            self._processes[0].send_signal(signal.SIGTERM)
+        peak = self.end(0, _STOPPED).peak_mib
         return Cost(time.perf_counter() - began, peak)
 
     def kill(self) -> float:
@@ -103,16 +103,16 @@ class Group:
         self._collect(0)
         return max(self._peaks.values())
 
-    def end(self, code: int = 0) -> Cost:
+    def end(self, *codes: int) -> Cost:
         """Wait until all have ended.
 
         Raises:
-            UserError: with another code than this one.
+            UserError: one with another code than these; by default than 0.
         """
         self._collect(0)
-        if any(process.returncode != code for process in self._processes):
-            codes = ", ".join(str(process.returncode) for process in self._processes)
-            raise UserError(f"{' '.join(self.commands[0])} ended with code {codes}; see {self.log}")
+        if any(process.returncode not in (codes or (0,)) for process in self._processes):
+            found = ", ".join(str(process.returncode) for process in self._processes)
+            raise UserError(f"{' '.join(self.commands[0])} ended with code {found}; see {self.log}")
         return Cost(self.seconds, max(self._peaks.values()))
 
     def _collect(self, options: int) -> bool:

@@ -92,7 +92,7 @@ class Runs:
         """Stop the job after some steps of a pass; what it came to. Its checkpoint is in `place`, or its own."""
         began = job.group.until(lambda: job.within(pass_name, 1))
         job.group.until(lambda: job.within(pass_name, NUM_STEPS))
-        rate, seconds = job.facts()["images_per_second"], job.group.seconds
+        rate, seconds = job.facts().get("images_per_second"), job.group.seconds
         stopped = job.group.stop()
         calls = {"first step": began, "stop, checkpoint saved": stopped.seconds}
         facts = {"seconds": seconds + stopped.seconds, "peak_mib": round(stopped.peak_mib), "images_per_second": rate}
@@ -139,14 +139,14 @@ class Runs:
     def _resume(self) -> Row:
         """A checkpoint within an epoch, all ranks killed, and the same command again."""
         run_dir = self.folder / "killed"
-        settings = ["method.name=selc", "train.checkpoint_every_steps=100"]
-        job = self._start(run_dir, *settings)
-        checkpoint = run_dir / "checkpoints" / "e0000-p00-s000000100"
-        began = job.group.until(checkpoint.with_name(checkpoint.name + ".part").exists)
+        job = self._start(run_dir, "method.name=selc", "train.checkpoint_every_steps=10")
+        checkpoint = run_dir / "checkpoints" / "e0000-p00-s000000010"
+        aside = checkpoint.with_name(checkpoint.name + ".part")
+        began = job.group.until(lambda: aside.exists() or checkpoint.exists())
         saved = job.group.until(checkpoint.exists)
         peak = job.group.kill()
-        again = self._start(run_dir, *settings)
-        resumed = again.group.until(lambda: again.within("net0", 101))
+        again = self._start(run_dir, "method.name=selc", "train.checkpoint_every_steps=0")
+        resumed = again.group.until(lambda: again.within("net0", 11))
         stopped = again.group.stop()
         calls = {"save": saved - began, "resume": resumed, "stop, checkpoint saved": stopped.seconds}
         row = {"seconds": saved + resumed + stopped.seconds, "peak_mib": round(max(peak, stopped.peak_mib))}
