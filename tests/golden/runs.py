@@ -52,8 +52,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "selc": ("method.name=selc", "train.epochs=3", "method.selc.turning_epoch=1"),
 }
 SIZES = (1, 2)
-# Each step is reported. What measures the machine is not in the record, nor what shows elsewhere: the rate in the losses,
-# each network's accuracy in that of both.
+# Each step is reported. What measures the machine is not in the record, nor what shows elsewhere: the rate in the
+# losses, each network's accuracy in that of both.
 REPORTED = ("track.every_seconds=1e-9", "train.batch_size=128", "train.eval_batch_size=256")
 _OTHER = (
     "images_per_second",
