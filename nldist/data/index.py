@@ -3,7 +3,7 @@
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,12 @@ class Index:
     def key_column(self) -> pa.ChunkedArray:
         """The keys of all samples, by id: text (N,), some 100 bytes each in memory."""
         return read_columns(self._parquet, ["key"])["key"]
+
+    def key_batches(self, num_rows: int) -> Iterator[pa.Array]:
+        """The same, some at a time: text (num_rows,), of the last ones less."""
+        with pq.ParquetFile(self._parquet, pre_buffer=False, memory_map=True) as file:
+            for batch in file.iter_batches(num_rows, columns=["key"], use_threads=False):
+                yield batch.column("key")
 
     def label_sets(self) -> list[str]:
         """Names of the other label sets of this split."""

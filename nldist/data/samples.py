@@ -1,6 +1,8 @@
 """RUN/tables/samples.parquet: what a run says of every label."""
 
+import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from nldist.files import replacing
 
 _CLASS_SHARE = 0.5  # of a class's mean margin: it is small where a class is hard, and where its labels are wrong
 _PRIOR = 20  # labels: a class with fewer has hardly a mean of its own
+_ROWS_PER_WRITE = 65_536
 SAMPLES_FILE = Path("tables", "samples.parquet")  # in a run directory
 
 
@@ -76,21 +79,31 @@ class Samples:
 
     def write(self, run_dir: Path, index: Index) -> None:
         """Write the file of a run on the samples of `index`: also their ids and keys; null where it does not know."""
-        table = pa.table(
-            {
-                "id": np.arange(len(self.given)),
-                "key": index.key_column(),
-                "label": self.given,
-                "clean_probability": pa.array(self.clean_probability, mask=np.isnan(self.clean_probability)),
-                "suggested": pa.array(self.suggested, mask=self.suggested < 0),
-                "margin": pa.array(self.margin, mask=np.isnan(self.margin)),
-            }
-        )
         about: dict[str, Any] = {"classes": index.classes, "label_set": self.label_set}
         about |= {"num_epochs": self.num_epochs, "of_epochs": self.of_epochs}
-        table = table.replace_schema_metadata({name: json.dumps(value) for name, value in about.items()})
-        with replacing(run_dir / SAMPLES_FILE) as aside:
-            pq.write_table(table, aside)
+        tables = self._tables(index)
+        first = next(tables)
+        schema = first.schema.with_metadata({name: json.dumps(value) for name, value in about.items()})
+        with replacing(run_dir / SAMPLES_FILE) as aside, pq.ParquetWriter(aside, schema) as file:
+            for table in itertools.chain([first], tables):
+                file.write_table(table)
+
+    def _tables(self, index: Index) -> Iterator[pa.Table]:
+        """The rows of the file, some at a time: texts of all would be most of the memory."""
+        start = 0
+        for keys in index.key_batches(_ROWS_PER_WRITE):
+            part = slice(start, start := start + len(keys))
+            clean, suggested, margin = self.clean_probability[part], self.suggested[part], self.margin[part]
+            yield pa.table(
+                {
+                    "id": np.arange(part.start, part.stop),
+                    "key": keys,
+                    "label": self.given[part],
+                    "clean_probability": pa.array(clean, mask=np.isnan(clean)),
+                    "suggested": pa.array(suggested, mask=suggested < 0),
+                    "margin": pa.array(margin, mask=np.isnan(margin)),
+                }
+            )
 
     @classmethod
     def read(cls, run_dir: Path, index: Index) -> "Samples":

@@ -16,6 +16,7 @@ from nldist.estimate.neighbours import ShardedIndex
 from nldist.estimate.shard import lengths
 
 _ROWS = 65_536
+_FEW_ROWS = 4_096  # of features, which are wide, and are copied in float64
 _DTYPE = np.dtype("<i4")
 
 
@@ -26,10 +27,10 @@ def normalise(features: np.ndarray, out: np.ndarray | None = None) -> np.ndarray
     gets them, and may be `features` itself, where there is no room for both.
     """
     out = np.empty(features.shape, np.float32) if out is None else out
-    for start in range(0, len(features), _ROWS):
-        rows = torch.from_numpy(features[start : start + _ROWS].astype(np.float32))
+    for start in range(0, len(features), _FEW_ROWS):
+        rows = torch.from_numpy(features[start : start + _FEW_ROWS].astype(np.float32))
         scale = lengths(rows)[:, None]
-        out[start : start + _ROWS] = rows.double() / scale.where(scale != 0, 1.0)
+        out[start : start + _FEW_ROWS] = rows.double() / scale.where(scale != 0, 1.0)
     return out
 
 

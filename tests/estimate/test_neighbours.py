@@ -12,6 +12,7 @@ from nldist.errors import UserError
 from nldist.estimate.graph import GraphFile, neighbours_of, normalise, open_graph, purity
 from nldist.estimate.neighbours import ShardedIndex
 from nldist.estimate.shard import dots
+from tests.memory import peak_growth
 from tests.ranks import CONTEXT
 
 WORLD = World.single()
@@ -168,6 +169,13 @@ def test_normalise() -> None:
 def graph_of(features: np.ndarray, k: int) -> np.ndarray:
     index = ShardedIndex.build(normalise(features), WORLD)
     return neighbours_of(index, index.owned, k)
+
+
+def test_features_are_normalised_in_place_without_a_copy() -> None:
+    features = np.random.default_rng(0).normal(size=(100_000, 128)).astype(np.float32)
+    expected = normalise(features)
+    assert peak_growth(lambda: normalise(features, out=features)) < features.nbytes / 2
+    np.testing.assert_array_equal(features, expected)
 
 
 def test_the_graph_leaves_out_the_sample_and_not_its_duplicates() -> None:
