@@ -3,7 +3,9 @@
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,7 +83,7 @@ def test_every_configuration_opens_its_data_set(place: Path, path: Path, monkeyp
 
 
 def small(config: Config) -> list[str]:
-    """What makes a configuration a matter of seconds: sizes, numbers of epochs, and the network; no other setting."""
+    """What makes a configuration a matter of seconds: sizes, numbers of epochs, the network; no other setting."""
     method, size = config.method, 2 * len(Index.open(config.data.root, config.data.train_split).classes)
     settings = ["model.name=small_cnn", "model.pretrained=null", "train.epochs=2", "data.num_workers=0"]
     settings += ["train.batch_size=8", "train.eval_batch_size=16", "optim.milestones=[1]", "train.autocast=off"]
@@ -97,7 +99,22 @@ def small(config: Config) -> list[str]:
     if method.name == "scanmix":
         settings += ["method.scanmix.batch_size=8", "pretext.epochs=1", "pretext.batch_size=8", "pretext.queue=16"]
         settings += ["mine.k=2", "cluster.epochs=1", "cluster.batch_size=8", "pretext.optim.lr_rule_epochs=0"]
+    views: list[tuple[str, Mapping[str, Any]]] = [
+        ("views", config.views.by_name()),
+        ("pretext", {"view": config.pretext and config.pretext.view}),
+    ]
+    views += [("cluster", {"view": config.cluster and config.cluster.view}), ("mine", {"view": config.mine.view})]
+    for section, named in views:
+        ops = {name: view for name, view in named.items() if view is not None and not isinstance(view, str)}
+        settings += [f"{section}.{name}={json.dumps([smaller(op.model_dump()) for op in ops[name]])}" for name in ops]
     return settings
+
+
+def smaller(op: dict[str, Any]) -> dict[str, Any]:
+    """An operation of a view whose images have 224 or 227 pixels, for 32."""
+    sizes = {256: 40, 224: 32, 227: 32, 75: 10}
+    made = {name: sizes.get(value, value) if isinstance(value, int) else value for name, value in op.items()}
+    return made | ({"cutout": [sizes.get(side, side) for side in op["cutout"]]} if op.get("cutout") else {})
 
 
 SUBSETS = [("dividemix", "subset"), ("dividemix", "warmup_subset"), ("mixnn", "subset"), ("selc", "subset")]

@@ -69,7 +69,7 @@ def _data_lines(context: Context) -> Iterator[str]:
 
 def _probe(context: Context, split: str) -> Batch:
     """The first images of a split, read and decoded as in training."""
-    plan = sweep(_PROBE, rank=0, size=1, batch_size=_PROBE)
+    plan = sweep(min(_PROBE, len(context.data.index(split))), rank=0, size=1, batch_size=_PROBE)
     return next(iter(context.stream(split, plan)))["all"]
 
 
