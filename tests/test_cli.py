@@ -84,6 +84,7 @@ def test_dry_run_counts_every_copy_of_the_weights(digits: Path, capsys: pytest.C
         (["data.label_set=sym99"], "sym50"),
         (["data.eval_split=tset"], "tset"),
         (["data.test_split=tset"], "tset"),
+        (["data.test_split=test"], "it is eval_split, too"),
         (["model.name=preact_resnet81"], "preact_resnet18"),
         (["train.epoch=3"], "train.epochs"),
         (["method.tau=0.6"], "method.dividemix.tau"),

@@ -20,7 +20,7 @@ from nldist.train.run_pass import run_pass
 from tests.contexts import open_context
 from tests.jobs import DIGITS, output, run_job
 from tests.ranks import run_ranks
-from tests.test_train import epoch_records
+from tests.test_train import assert_same_weights, epoch_records
 
 # The training images are the test split here: another one than that which chooses.
 JOB = ("train.epochs=5", "method.dividemix.warmup_epochs=2", "optim.lr=0.1", "train.best=each", "data.test_split=train")
@@ -59,7 +59,8 @@ def test_each_network_is_of_its_own_best_epoch_and_the_test_split_measures_them(
         }
     values = [record["accuracy_top5"] for record in records]
     assert summary["accuracy_top5"]["best"] == max(values) >= summary["accuracy"]["best"]
-    assert f"{tested['accuracy']:.0f}"[:2] in output(run_dir).splitlines()[-1]
+    chosen_accuracy = summary["test"]["chosen"]["accuracy"]
+    assert f"{chosen_accuracy:.2f} on train (weights/best.pt)," in output(run_dir).splitlines()[-1]
 
 
 def test_killed_it_ends_with_the_same_choice(run_dir: Path, digits: Path, tmp_path: Path) -> None:
@@ -131,3 +132,26 @@ def test_the_warm_up_of_a_subset_sees_so_many_images_of_each_class(digits: Path,
     counts = [np.bincount(context.labels[own], minlength=10) for own in ids]
     assert all(set(own.tolist()) == {64} for own in counts)
     assert set(ids[0].tolist()) != set(ids[1].tolist()), "each network has its own"
+
+
+def test_stopped_in_the_last_measurement_it_may_be_made_longer(digits: Path, tmp_path: Path) -> None:
+    settings = (f"data.root={digits}", "method.name=cross_entropy", "optim.schedule=step", "data.test_split=train")
+    # 23 steps of training, 1 of evaluation and 3 of the test; 3 of the closing sweep, and 3 of the test again.
+    (code,) = run_job(tmp_path / "cut", *settings, "train.epochs=1", stop=(0, 31))
+    assert code not in (0, 1, 2)
+    assert "stopped at e0001-p00-s000000000" in output(tmp_path / "cut")
+    for name in ("cut", "whole"):
+        assert run_job(tmp_path / name, *settings, "train.epochs=3") == [0]
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+    assert epoch_records(tmp_path / "cut") == epoch_records(tmp_path / "whole")
+
+
+def test_accuracies_of_another_test_split_are_not_mixed_with_it(digits: Path, tmp_path: Path) -> None:
+    config = load_config(DIGITS, [f"data.root={digits}", f"run.dir={tmp_path}", "data.test_split=train", *ALONE])
+    context = open_context(config)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", context.world, 2, "")
+    progress = Progress(build_method(context), checkpoints, RunDirectory(tmp_path), "train")
+    progress.record |= {"test_split": "other", "measured": {"test_accuracy": [1.0], "accuracy_top5": [2.0]}}
+    for value in (3.0, 4.0):
+        progress.measure({"accuracy": 0.0, "test_accuracy": value, "accuracy_top5": value})
+    assert progress.record["measured"] == {"test_accuracy": [3.0, 4.0], "accuracy_top5": [2.0, 3.0, 4.0]}

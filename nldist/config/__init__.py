@@ -160,8 +160,11 @@ class Config(Section):
                 "method.name=scanmix needs method.dividemix.warmup_epochs of 1 or more: until then the outputs are "
                 "clusters, not classes"
             )
-        if self.method.dividemix.subset is not None:
-            raise ValueError("method.dividemix.subset is not for scanmix, which looks at every image; set it to null")
+        for name in ("subset", "warmup_subset"):
+            if getattr(self.method.dividemix, name) is not None:
+                raise ValueError(
+                    f"method.dividemix.{name} is not for scanmix, which looks at every image; leave it out"
+                )
 
     @property
     def recipe(self) -> Recipe:

@@ -63,6 +63,12 @@ class DataSection(Section):
         description="splits whose decoded images fit so many GiB are decoded once, and kept in cache_dir or /tmp",
     )
 
+    @model_validator(mode="after")
+    def _check_test_split(self) -> "DataSection":
+        if self.test_split is not None and self.test_split == self.eval_split:
+            raise ValueError(f"test_split={self.test_split} chooses weights/best.pt: it is eval_split, too; change one")
+        return self
+
 
 class ViewsSection(Section):
     """Augmentations by name, as lists of operations (see nldist.data.views). Further ones may have any name."""

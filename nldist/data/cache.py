@@ -1,6 +1,7 @@
 """Copies of remote shards on a local disk, the least recently used going first."""
 
 import fcntl
+import glob
 import hashlib
 import logging
 import os
@@ -11,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from nldist.data.remote import RemoteFile, without_secrets
+from nldist.data.remote import RemoteFile, scheme_of, without_secrets
 from nldist.errors import UserError
 from nldist.files import replacing
 
@@ -54,6 +55,7 @@ class ShardCache:
         Raises:
             UserError: the shard cannot be copied, or the copy has another digest or size.
         """
+        scheme_of(url)
         path = self._path(url, sha256)
         while True:
             with suppress(FileNotFoundError):
@@ -61,7 +63,9 @@ class ShardCache:
                 break
             with self._locked(path.name):
                 if not path.exists():
-                    for left in self.cache_dir.glob(f".{path.name}.*.part"):  # by a process that was killed
+                    for left in self.cache_dir.glob(
+                        f".{glob.escape(path.name)}.*.part"
+                    ):  # by a process that was killed
                         left.unlink(missing_ok=True)
                     _copy(url, path, sha256, num_bytes)
             # It may be gone again, removed by another process: then it is copied again.
@@ -78,7 +82,7 @@ class ShardCache:
     def _path(self, url: str, sha256: str | None) -> Path:
         """Another one for another content: a shard may be uploaded anew."""
         digest = hashlib.sha256(f"{url} {sha256}".encode()).hexdigest()[:16]
-        return self.cache_dir / f"{digest}-{Path(urlsplit(url).path).name}.copy"
+        return self.cache_dir / f"{digest}-{Path(urlsplit(url).path).name[-40:]}.copy"
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:

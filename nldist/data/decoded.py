@@ -7,6 +7,7 @@ import mmap
 import os
 import tempfile
 import zlib
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,11 +33,16 @@ class DecodedCache:
         path: of the file, made if need be.
         num_images: N.
         place: bytes of the largest image.
+
+    Attributes:
+        path: of the file.
+        num_bytes: that it has when all images are there.
     """
 
     def __init__(self, path: Path, num_images: int, place: int) -> None:
-        self._path, self._num_images, self._place = path, num_images, place
+        self.path, self._num_images, self._place = path, num_images, place
         self._begin = -(-num_images * _CHECKSUM.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.num_bytes = self._begin + num_images * place
         self._is_full = False
         self._mapped: _Mapped | None = None
 
@@ -55,7 +61,8 @@ class DecodedCache:
         Returns:
             bool (b,), which were there.
         """
-        mapped = self._open()
+        if (mapped := self._open()) is None:
+            return np.zeros(len(ids), bool)
         checksums = mapped.checksums[ids]
         there: np.ndarray = checksums != 0
         if there.all() and out[0].nbytes == self._place and (sizes == out.shape[1:3]).all():
@@ -73,33 +80,37 @@ class DecodedCache:
 
     def keep(self, id_: int, pixels: np.ndarray) -> None:
         """Keep an image, uint8 (height, width, 3)."""
-        if self._is_full:
+        if self._is_full or (mapped := self._open()) is None:
             return
-        file, data = self._open().file, np.ascontiguousarray(pixels).tobytes()
+        data = np.ascontiguousarray(pixels).tobytes()
         checksum = np.array([zlib.crc32(data)], _CHECKSUM)
         try:
             # Not through the mapping: that would end the process where the disk is full.
-            os.pwrite(file, data, self._begin + id_ * self._place)
-            os.pwrite(file, checksum.tobytes(), id_ * _CHECKSUM.itemsize)
+            if os.pwrite(mapped.file, data, self._begin + id_ * self._place) == len(data):
+                os.pwrite(mapped.file, checksum.tobytes(), id_ * _CHECKSUM.itemsize)
         except OSError as error:
-            self._is_full = True
-            _log.warning("decoded images are kept no more: %s: %s", self._path.parent, error.strerror)
+            self._give_up(error)
 
-    def _open(self) -> "_Mapped":
-        """The file, opened once in each process."""
-        if self._mapped is None:
-            size = self._begin + self._num_images * self._place
+    def _open(self) -> "_Mapped | None":
+        """The file, opened once in each process; None where it cannot be had."""
+        if self._mapped is None and not self._is_full:
             try:
-                file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-                os.ftruncate(file, size)  # holes, until images are written
+                file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+                os.ftruncate(file, self.num_bytes)  # holes, until images are written
+                # Not of the checksums: in memory (tmpfs) reading a hole takes a page, and where there is none ends us.
+                os.posix_fallocate(file, 0, self._begin)
                 os.utime(file)
-                whole = np.frombuffer(mmap.mmap(file, size, prot=mmap.PROT_READ), np.uint8)
+                whole = np.frombuffer(mmap.mmap(file, self.num_bytes, prot=mmap.PROT_READ), np.uint8)
             except OSError as error:
-                problem = f"decoded images cannot be kept in {self._path.parent} ({error.strerror})"
-                raise UserError(f"{problem}; set another data.cache_dir, or data.decoded_cache_gib=0") from None
+                self._give_up(error)
+                return None
             checksums = whole[: self._num_images * _CHECKSUM.itemsize].view(_CHECKSUM)
             self._mapped = _Mapped(file, checksums, whole[self._begin :].reshape(self._num_images, self._place))
         return self._mapped
+
+    def _give_up(self, error: OSError) -> None:
+        self._is_full = True
+        _log.warning("decoded images are kept no more: %s: %s", self.path.parent, error.strerror)
 
 
 class _Mapped(NamedTuple):
@@ -110,27 +121,31 @@ class _Mapped(NamedTuple):
     pixels: np.ndarray
 
 
-def decoded_cache(index: Index, max_side: int, directory: Path | None, max_bytes: int) -> DecodedCache | None:
+def decoded_cache(
+    index: Index, max_side: int, directory: Path | None, max_bytes: int, beside: Sequence[DecodedCache] = ()
+) -> DecodedCache | None:
     """The decoded images of a split, where all of them fit `max_bytes`; else None.
 
     Args:
         index: the split.
         max_side: of decoded images (pixels).
-        directory: where such files are kept, those used longest ago being removed for others; None: one of the user's
-            own in the temporary directory.
-        max_bytes: that all of them may have.
+        directory: where such files are kept, this user's used longest ago being removed for others; None: a directory
+            of the user's own in the temporary one.
+        max_bytes: that all files of this user may have there.
+        beside: the caches of other splits that are in use.
 
     Raises:
         UserError: the directory cannot be made.
     """
-    place = _place(index, max_side)
-    num_bytes = len(index) * (place + _CHECKSUM.itemsize)
-    if num_bytes > max_bytes:
-        return None
     folder = _made(directory)
-    path = folder / f"{_key(index, max_side)}{_SUFFIX}"
-    _make_room(folder, max_bytes - num_bytes, keep=path)
-    return DecodedCache(path, len(index), place)
+    path = folder / f"{os.getuid()}-{_key(index, max_side)}{_SUFFIX}"
+    cache = DecodedCache(path, len(index), _place(index, max_side))
+    used = [cache, *beside]
+    room = max_bytes - sum(one.num_bytes for one in used)
+    if room < 0:
+        return None
+    _make_room(folder, room, keep={one.path for one in used})
+    return cache
 
 
 def _place(index: Index, max_side: int) -> int:
@@ -160,15 +175,16 @@ def _made(directory: Path | None) -> Path:
     return folder
 
 
-def _make_room(folder: Path, num_bytes: int, keep: Path) -> None:
-    """Remove the files used longest ago until no more than so many bytes are left, beside `keep`."""
+def _make_room(folder: Path, num_bytes: int, keep: Set[Path]) -> None:
+    """Remove this user's files used longest ago until no more than so many bytes are left, beside `keep`."""
     files = []
-    for path in folder.glob(f"*{_SUFFIX}"):
+    for path in set(folder.glob(f"{os.getuid()}-*{_SUFFIX}")) - keep:
         with suppress(FileNotFoundError):
             facts = path.stat()
             files.append((facts.st_mtime_ns, facts.st_size, path))
-    excess = sum(size for _, size, path in files if path != keep) - num_bytes
+    excess = sum(size for _, size, _ in files) - num_bytes
     for _, size, path in sorted(files):
-        if excess > 0 and path != keep:
-            path.unlink(missing_ok=True)  # whoever has it open keeps it
-            excess -= size
+        if excess > 0:
+            with suppress(OSError):  # a further try is made by the next one that needs room
+                path.unlink(missing_ok=True)  # whoever has it open keeps it
+                excess -= size

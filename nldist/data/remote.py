@@ -107,7 +107,7 @@ class RemoteFile:
         answer = self._answer = answers(self._system, self._url, self._done)
         if problem := self._problem(answer):
             raise UserError(f"shard {without_secrets(self._url)}: {problem}")
-        self._version, self._num_bytes = answer.version, self._num_bytes or answer.num_bytes
+        self._version, self._num_bytes = answer.version or self._version, self._num_bytes or answer.num_bytes
         behind = self._done - answer.offset
         while behind:
             block = answer.file.read(min(behind, _BLOCK))
@@ -118,7 +118,7 @@ class RemoteFile:
 
     def _problem(self, answer: "_Answer") -> str | None:
         """Why an answer is of no use."""
-        if self._version not in (None, answer.version):
+        if None not in (self._version, answer.version) and self._version != answer.version:
             return "was replaced while it was read; run again"
         if self._num_bytes is None and answer.num_bytes is None and not answer.has_end:
             return "its server does not say how long it is, so that a cut would not be noticed; use another server"

@@ -126,17 +126,25 @@ class Sharding:
         count = min(self.settings.nodes, len(shards))
         jobs = [ShardJob(f"task {k + 1} of {count}", self._share(shards[k::count])) for k in range(count)]
         num_images = sum(sum(missing.values()) for missing in todo)
-        settings, name = self.settings.model_copy(update={"nodes": 1}), self.logs.parent.name
+        settings, name = self.settings.model_copy(update={"nodes": 1}), self.logs.name.removesuffix("-logs")
         queued = queue(executor("slurm", self.logs, name, settings), jobs) if jobs else []
         write_text(self.logs / JOBS_FILE, json.dumps([job.job_id for job in queued]))
         chosen = executor("slurm", self.logs, f"{name}-finish", settings, _after(queued) if queued else None)
-        (finish,) = queue(chosen, [FinishJob(self.writers, num_images, time.time())])
+        try:
+            (finish,) = queue(chosen, [FinishJob(self.writers, num_images, time.time())])
+        except UserError as error:
+            if not queued:
+                raise
+            array = queued[0].job_id.partition("_")[0]
+            raise UserError(
+                f"{error}; the jobs that write shards are queued: scancel {array}, or give it again later"
+            ) from None
         write_text(self.logs / JOBS_FILE, json.dumps([job.job_id for job in [*queued, finish]]))
         return queued, finish
 
     def batch_files(self) -> Iterator[str]:
         """The files that `submit` would give to sbatch, if there are as many shards as nodes."""
-        settings, name = self.settings.model_copy(update={"nodes": 1}), self.logs.parent.name
+        settings, name = self.settings.model_copy(update={"nodes": 1}), self.logs.name.removesuffix("-logs")
         yield sbatch_text(self.settings.nodes, self.logs, name, settings)
         yield sbatch_text(1, self.logs, f"{name}-finish", settings, "afterok:JOB")  # whose number is not known yet
 

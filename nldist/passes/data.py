@@ -94,6 +94,7 @@ class NodeCaches:
         settings = self._settings
         if index.split not in self._decoded and settings.decoded_cache_gib:
             max_bytes = int(settings.decoded_cache_gib * 2**30)
-            cache = decoded_cache(index, settings.max_side, settings.cache_dir, max_bytes)
+            beside = [cache for cache in self._decoded.values() if cache is not None]
+            cache = decoded_cache(index, settings.max_side, settings.cache_dir, max_bytes, beside)
             self._decoded[index.split] = cache
         return self._decoded.get(index.split)

@@ -17,6 +17,7 @@ from nldist.run.status import METRICS_FILE, read_summary
 
 _SEED = "run.seed"
 _NAME = "method.name"
+_TEST = "data.test_split"  # no setting that decides, but one that tells accuracies apart
 _ALONE = "run"  # the directory of a run whose settings are not known
 _HEAD = ("method", "seeds", "best %", "last %", "test %", "split AUC", "seconds", "images/s", "ranks")
 
@@ -66,7 +67,10 @@ def read(run_dir: Path) -> Finished:
         settings = deciding(RunDirectory(run_dir).config())
     except UserError:  # of a release with other settings: it stands alone
         settings = {_NAME: summary["method"], _ALONE: str(run_dir)}
-    settings = {"data set": summary["data_set"]} | {key: value for key, value in settings.items() if key != _SEED}
+    tested = (summary.get("test") or {}).get("split")
+    settings = {"data set": summary["data_set"], _TEST: tested} | {
+        key: value for key, value in settings.items() if key != _SEED
+    }
     return Finished(run_dir, summary, settings)
 
 

@@ -52,7 +52,9 @@ def export_plain(run_dir: Path, out: Path, weights: Weights = "last", number: in
     if not 0 <= (number or 0) < len(networks):
         raise UserError(f"--network {number}: {run_dir} has {len(networks)}")
     state = plain_state(networks[number or 0], saved["model"])
-    facts = _facts(config, saved) | {"network": number or 0}
+    epochs = saved["epoch"]  # of train.best=each one for each network
+    epoch = epochs[number or 0] if isinstance(epochs, list) else epochs
+    facts = _facts(config, saved) | {"network": number or 0, "epoch": epoch}
     with _writing(out) as aside:
         if out.suffix == ".safetensors":
             texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}

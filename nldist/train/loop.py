@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import Any
 
 import torch
 
@@ -53,7 +54,7 @@ class Trainer:
                 if not self._run_pass(task, f"{self.reporter.title(epoch)} {phase.name}"):
                     return self._stop
             self._end_epoch(epoch, phase, time.perf_counter() - began)
-        if self.method.uses_labels and progress.position.pass_index == 0:
+        if self.method.uses_labels:
             self._closing_sweep()
         if self.method.uses_labels and not self._stop and self.context.data.test is not None:
             self._measure_best()
@@ -145,8 +146,7 @@ class Trainer:
         metrics, record["epoch"] = record["epoch"] | {"phase": phase.name}, {}
         score = float(metrics.get(self.method.score, math.nan))
         record["scores"].append(score)
-        for name, value in measured(metrics).items():
-            record["measured"].setdefault(name, []).append(value)
+        self.progress.measure(metrics)
         record["quality"] = quality(metrics)
         self.reporter.epoch(epoch, metrics, record, seconds)
         if (verdicts := self.method.verdicts()) is not None:
@@ -159,11 +159,17 @@ class Trainer:
         record = self.progress.record
         task = ClosingSweep(self.context, self.method.logits, self.method.verdicts())
         if self._run_pass(task, "at the end"):
-            record["quality"] = quality(record["epoch"]) or record["quality"]
+            record["quality"] = quality(self._closed()) or record["quality"]
             self.reporter.samples(task.verdicts, self.method.num_epochs, task.margins)
 
     def _measure_best(self) -> None:
         """What the networks that the evaluation split has chosen come to on the test split."""
         task = EvaluationPass(self.context, self.progress.best().predictors(), "test")
         if self._run_pass(task, "weights/best.pt"):
-            self.progress.record["chosen"] = measured(self.progress.record["epoch"])
+            self.progress.record["chosen"] = measured(self._closed())
+
+    def _closed(self) -> dict[str, Any]:
+        """What a pass after the last epoch has found. It belongs to no epoch: more of them may follow."""
+        found, self.progress.record["epoch"] = self.progress.record["epoch"], {}
+        self.progress.position = Position(self.method.num_epochs)
+        return dict(found)

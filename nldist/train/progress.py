@@ -16,6 +16,7 @@ from nldist.models import model_revision
 from nldist.passes.method import Method
 from nldist.run.classifier import Classifier
 from nldist.run.directory import RunDirectory
+from nldist.run.summary import measured
 from nldist.train.meter import Meter
 
 
@@ -49,6 +50,7 @@ class Progress:
             "epoch": {},  # metrics of the present epoch's finished passes
             "quality": {},  # of the latest division
             "measured": {},  # further accuracies by name, of the epochs that have them
+            "test_split": None,  # on which those called test_* were measured
             "chosen": {},  # what weights/best.pt comes to on the test split
         }
         self.num_bad_before = 0  # in the present pass before it was resumed
@@ -119,7 +121,17 @@ class Progress:
         if any(better):
             if self._chooses_each(len(weights)):
                 weights, facts["epoch"] = self._merged(weights, num_epochs, better)
+                del facts[self._method.score]  # it was measured of other pairs
             self._run.save_weights("best", weights, facts)
+
+    def measure(self, metrics: Mapping[str, Any]) -> None:
+        """Keep an epoch's further accuracies."""
+        record, split = self.record, self._context.config.data.test_split
+        if record["test_split"] != split:
+            kept = {name: values for name, values in record["measured"].items() if not name.startswith("test_")}
+            record["measured"], record["test_split"] = kept, split
+        for name, value in measured(metrics).items():
+            record["measured"].setdefault(name, []).append(value)
 
     def _chooses_each(self, num_networks: int) -> bool:
         return self._context.config.train.best == "each" and num_networks > 1

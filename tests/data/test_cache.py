@@ -4,6 +4,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -144,3 +145,14 @@ def test_a_stream_reads_remote_shards_through_the_cache(server: FileServer, tmp_
     server.faults = ["", *["drop"] * 20]
     with pytest.raises(UserError, match="after 6 tries"):
         list(Stream(index, None, plan, cache=cache, num_workers=num_workers))
+
+
+@pytest.mark.parametrize("name", ["a" * 230 + ".tar", "**[x].tar", "é" * 60 + ".tar"])
+def test_odd_names_of_shards(name: str, server: FileServer, tmp_path: Path) -> None:
+    (tmp_path / "served" / name).write_bytes(b"content")
+    assert _open_and_close(ShardCache(tmp_path / "cache", 3000), f"{server.url}/{quote(name, safe="*[]")}") == b"content"
+
+
+def test_what_is_no_url_is_refused_before_a_name_is_made_of_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="this can be no URL of a shard"):
+        ShardCache(tmp_path / "cache", 3000).open("http://[bad/train.tar")

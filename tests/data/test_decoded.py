@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,16 +166,49 @@ def test_a_full_disk_ends_the_keeping_not_the_run(
     ]
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="mounts a file system")
+@pytest.mark.parametrize("kilobytes", [8, 40])
+def test_a_full_disk_in_memory(kilobytes: int, tmp_path: Path) -> None:
+    """Where reading what was never written would end the process."""
+    (folder := tmp_path / "small").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", folder], check=False)
+    if mounted.returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        index = Index.open(make_dataset(tmp_path / "set", [3000]), "train")
+        cache = decoded_cache(index, MAX_SIDE, folder, 2**20)
+        assert cache is not None
+        process = CONTEXT.Process(target=fill, args=(cache, 3000))
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def fill(cache: DecodedCache, num_images: int) -> None:
+    """Keep images until the disk is full; those that are there are right."""
+    for id_ in range(num_images):
+        cache.keep(id_, id_image(id_))
+    out = np.empty((num_images, 6, 8, 3), np.uint8)
+    there = cache.take(np.arange(num_images), np.tile([6, 8], (num_images, 1)), out)
+    assert not there.all()
+    assert all((out[id_] == id_image(id_)).all() for id_ in np.flatnonzero(there).tolist())
+
+
 def test_what_does_not_fit_is_not_kept(index: Index, tmp_path: Path) -> None:
-    assert decoded_cache(index, MAX_SIDE, tmp_path / "cache", 1000) is None
-    assert not (tmp_path / "cache").exists()
+    assert decoded_cache(index, MAX_SIDE, tmp_path, 1000) is None
+    first = decoded_cache(index, MAX_SIDE, tmp_path, 2**20)
+    assert first is not None
+    assert decoded_cache(index, MAX_SIDE, tmp_path, first.num_bytes) is not None
+    assert decoded_cache(index, MAX_SIDE, tmp_path, first.num_bytes, [first]) is None, "beside what is in use"
 
 
 def test_those_used_longest_ago_go_first(tmp_path: Path) -> None:
     indices = [Index.open(make_dataset(tmp_path / f"set{n}", [40 + n]), "train") for n in range(3)]
     files: list[Path] = []
     for number, index in enumerate(indices):
-        cache = decoded_cache(index, MAX_SIDE, tmp_path, 20_000)  # two of them
+        cache = decoded_cache(index, MAX_SIDE, tmp_path, 24_000)  # two of them
         assert cache is not None
         cache.keep(0, id_image(0))
         (new,) = set(tmp_path.glob("*.pixels")) - set(files)
