@@ -44,11 +44,11 @@ def _jobs(split: str, num_samples: int) -> Iterator[tuple[str, range]]:
 
 
 def factory(num_samples: int) -> str:
-    """An inverted file of lists of some 1,000 vectors, so that one search does not grow: a graph finds the lists.
+    """An inverted file of 1.5 sqrt(N) lists, so that training it does not grow worse than N; a graph finds the lists.
 
     A byte per number: candidates are scored again with the vectors themselves.
     """
-    return f"IVF{max(16, num_samples // 1000)}_HNSW32,SQ8"
+    return f"IVF{max(16, int(1.5 * num_samples**0.5))}_HNSW32,SQ8"
 
 
 def write_tar(folder: Path, job: tuple[str, range]) -> None:

@@ -96,8 +96,10 @@ class Shard:
         """The best k of the candidates (b, c) of each query: scores and rows (b, k)."""
         rows = candidates.sort(dim=1).values  # so that a stable sort by score leaves ties in ascending order
         num_queries = max(1, _BLOCK[queries.device.type] // (rows.shape[1] * queries.shape[1]))
-        blocks = zip(torch.split(queries, num_queries), torch.split(rows, num_queries), strict=True)
-        scores = torch.cat([self._score(*block) for block in blocks])
+        scores = torch.empty(rows.shape, dtype=torch.float64, device=queries.device)
+        # Into place: small results kept among large blocks would keep glibc from using those again.
+        for parts in zip(*(torch.split(whole, num_queries) for whole in (queries, rows, scores)), strict=True):
+            parts[2].copy_(self._score(*parts[:2]))
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         return scores[:, :k], rows.gather(1, order[:, :k])
 
@@ -147,5 +149,8 @@ def dots(queries: Tensor, vectors: Tensor) -> Tensor:
 
 def lengths(vectors: Tensor) -> Tensor:
     """Euclidean lengths (n,) float64 of float32 vectors (n, d), each a function of its own vector alone."""
-    parts = torch.split(vectors, max(1, _BLOCK[vectors.device.type] // vectors.shape[1]))
-    return torch.cat([dots(part, part[:, None])[:, 0] for part in parts]).sqrt()
+    num_rows = max(1, _BLOCK[vectors.device.type] // vectors.shape[1])
+    squares = torch.empty(len(vectors), dtype=torch.float64, device=vectors.device)
+    for part, place in zip(torch.split(vectors, num_rows), torch.split(squares, num_rows), strict=True):
+        place.copy_(dots(part, part[:, None])[:, 0])
+    return squares.sqrt_()
