@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
@@ -10,11 +11,17 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed blocks of any size for the next allocation, in this process and those forked from it.
 
     Otherwise every large tensor is new memory, whose pages are cleared first: more work than cropping a batch.
-    Other C libraries are left as they are.
     """
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
-            libc.mallopt(option, 1 << 30)
+    for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+        _call("mallopt", option, 1 << 30)
+
+
+def return_freed_memory() -> None:
+    """Give what has been freed back to the system: after work that is done once, and needs other blocks than the rest."""
+    _call("malloc_trim", 0)
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """A function of glibc's; other C libraries are left as they are."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), name):
+        getattr(libc, name)(*arguments)

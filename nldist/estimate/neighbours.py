@@ -8,6 +8,7 @@ import faiss
 import numpy as np
 import torch
 
+from nldist.dist.memory import return_freed_memory
 from nldist.dist.world import World
 from nldist.errors import UserError
 from nldist.estimate.shard import MAX_K, Shard, lengths, settle_faiss
@@ -68,6 +69,7 @@ class ShardedIndex:
         settle_faiss()
         index = _empty_index(vectors.shape[1], factory, num_probe)
         trained = None if factory == "Flat" else _train(index, vectors, world, factory, seed)
+        return_freed_memory()  # the training's, and that of the pass that made the vectors
         return cls(vectors, world, factory, trained)
 
     def vectors(self, ids: range) -> np.ndarray:
