@@ -23,7 +23,9 @@ from nldist.passes.soft import soft_dtype
 from nldist.passes.supervised import Step, SupervisedPass
 from nldist.passes.sweep import Sweep
 
-_CLASSES = 8  # whose anchors are looked for at a time
+# Classes and samples that are turned round at a time: all of a line of the cache, of which few enough to stay there.
+# The anchors of some of the classes are looked for at a time.
+_COLUMNS, _ROWS, _CLASSES = 32, 1024, 8
 TRANSITION_FILE = "transition.npy"
 
 
@@ -145,11 +147,20 @@ def estimate_transition(noisy: Column, percentile: float, world: World) -> np.nd
     """
     anchors = [
         anchor
-        for columns in torch.split(noisy.rows, _CLASSES, dim=1)
-        for anchor in _anchors(columns.T.contiguous().float().cpu().numpy(), noisy.owned.start, percentile, world)
+        for columns in torch.split(noisy.rows, _COLUMNS, dim=1)
+        for some in torch.split(_transposed(columns), _CLASSES)
+        for anchor in _anchors(some.float().cpu().numpy(), noisy.owned.start, percentile, world)
     ]
     rows = noisy.fetch(torch.tensor(anchors, device=world.device)).cpu().double().numpy()
     return np.asarray(rows / rows.sum(1, keepdims=True))
+
+
+def _transposed(columns: Tensor) -> Tensor:
+    """Columns (owned, c) of a wide table, each contiguous: (c, owned)."""
+    out = columns.new_empty(columns.shape[::-1])
+    for rows, place in zip(torch.split(columns, _ROWS), torch.split(out, _ROWS, dim=1), strict=True):
+        place.copy_(rows.T)
+    return out
 
 
 def _anchors(mine: np.ndarray, first: int, percentile: float, world: World) -> list[int]:
