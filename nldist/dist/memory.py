@@ -17,7 +17,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give what has been freed back to the system: after work that is done once, and needs other blocks than the rest."""
+    """Give what has been freed back to the system: after work that other work does not resemble."""
     _call("malloc_trim", 0)
 
 
