@@ -1,12 +1,13 @@
 """Writing a data set's shards on a cluster: an array of jobs, and one that finishes when all of these have ended."""
 
+import itertools
 import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -45,10 +46,13 @@ class ShardJob:
 
     def _write(self) -> None:
         start = shown = time.monotonic()
-        share = [(writer, writer.missing(numbers)) for writer, numbers in self.share]
-        total, done = sum(sum(todo.values()) for _, todo in share), 0
-        for writer, todo in share:
-            for num_images in writer.write(todo):
+        done = 0
+        with ExitStack() as held:
+            for writer, _ in self.share:
+                held.enter_context(writer.build.claimed(shared=True))
+            share = [(writer, writer.missing(numbers)) for writer, numbers in self.share]
+            total = sum(sum(todo.values()) for _, todo in share)
+            for num_images in itertools.chain.from_iterable(writer.write(todo) for writer, todo in share):
                 done += num_images
                 if time.monotonic() - shown > _SHOW_SECONDS:
                     shown = time.monotonic()

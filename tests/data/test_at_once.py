@@ -10,24 +10,26 @@ from pathlib import Path
 import pytest
 
 from nldist.cli import main
+from nldist.data.make.build import Build
 from nldist.data.make.lock import locked
+from nldist.errors import UserError
 from tests.commands import Command
 from tests.data.command import label_names, nldist, shard, shard_well, write_table
 from tests.ranks import CONTEXT
 
 
-def _hold(path: Path, held: Path, release: Path) -> None:
-    with locked(path):
+def _hold(path: Path, held: Path, release: Path, shared: bool = False) -> None:
+    with locked(path, shared=shared):
         held.touch()
         while not release.exists():
             time.sleep(0.005)
 
 
 @contextmanager
-def holding(path: Path, folder: Path) -> Iterator[Path]:
+def holding(path: Path, folder: Path, *, shared: bool = False) -> Iterator[Path]:
     """Another process holds the lock until the file that is given is there."""
     held, release = folder / "held", folder / "release"
-    process = CONTEXT.Process(target=_hold, args=(path, held, release))
+    process = CONTEXT.Process(target=_hold, args=(path, held, release, shared))
     process.start()
     try:
         while not held.exists():
@@ -70,6 +72,24 @@ def test_the_same_split_twice_at_once_is_refused(tmp_path: Path) -> None:
         shard_well("csv", table, out, split="test")
     shard_well("csv", table, out)
     assert sorted(json.loads((out / "dataset.json").read_text())["splits"]) == ["test", "train"]
+
+
+def test_jobs_of_an_array_share_a_split_and_nobody_else_writes_it_meanwhile(tmp_path: Path) -> None:
+    table, out = write_table(tmp_path / "t.csv", ["a", "b"]), tmp_path / "out"
+    build = Build(out, "train")
+    with holding(out / ".train.lock", tmp_path, shared=True):
+        with build.claimed(shared=True):
+            pass
+        assert "out/train is being written by another command: wait" in shard("csv", table, out).error
+    (again := tmp_path / "again").mkdir()
+    with (
+        holding(out / ".train.lock", again),
+        pytest.raises(UserError, match="being written by another command"),
+        build.claimed(shared=True),
+    ):
+        pass
+    shard_well("csv", table, out)
+    assert not list(out.rglob("*.lock"))
 
 
 def test_what_a_killed_command_held_is_free(tmp_path: Path) -> None:

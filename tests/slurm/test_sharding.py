@@ -125,6 +125,7 @@ def test_another_number_of_tasks_goes_on_with_what_cancelled_ones_have_left(
     refused = launch("--shard", *words, *CLUSTER, "--nodes=3", env=slurm.env, folder=tmp_path)
     assert refused.returncode == 2
     assert re.fullmatch(r"error: job .* of an earlier start has not ended: wait, or scancel \d+ \d+\n", refused.stderr)
+    assert "train is being written by another command" in nldist("shard", *words, "--workers=0").error
     slurm.run("scancel", jobs[0].partition("_")[0])
     for job in jobs:  # the last one is cancelled by Slurm, as it can never start
         slurm.wait_for(job, "CANCELLED", timeout=120)

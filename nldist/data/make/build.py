@@ -35,13 +35,17 @@ class Build:
         self._work = self.folder / ".build"
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Nobody else builds this split meanwhile. Raises UserError if another command does already."""
+    def claimed(self, *, shared: bool = False) -> Iterator[None]:
+        """Nobody else builds this split meanwhile, but those that have `shared` it: each of these has its own shards.
+
+        Raises:
+            UserError: another command builds it already.
+        """
         if self._is_complete():
             yield
             return
         in_use = f"{self.folder} is being written by another command: wait until it has ended, then run again"
-        with locked(self.root / f".{self.split}.lock", in_use):
+        with locked(self.root / f".{self.split}.lock", in_use, shared=shared):
             yield
 
     def check(self, plan: dict[str, Any], classes: list[str] | None, reads: Sequence[str] = ()) -> bool:

@@ -1,4 +1,4 @@
-"""A lock that one process of one command holds, on any node that sees the file."""
+"""A lock that one process of one command holds, or some that share it, on any node that sees the file."""
 
 import errno
 import fcntl
@@ -12,33 +12,34 @@ from nldist.errors import UserError
 
 
 @contextmanager
-def locked(path: Path, in_use: str | None = None) -> Iterator[None]:
-    """Hold the lock file `path`, which is there only meanwhile.
+def locked(path: Path, in_use: str | None = None, *, shared: bool = False) -> Iterator[None]:
+    """Hold the lock file `path`, alone or `shared` with others that share it.
 
-    Where another process holds it: wait, or refuse with the message `in_use`.
+    Where another process holds it: wait, or refuse with the message `in_use`. Who was alone removes the file.
 
     Raises:
         UserError: it is in use, or its directory cannot be written or its file system has no locks.
     """
     try:
-        file = _taken(path, in_use)
+        file = _taken(path, in_use, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
     except OSError as error:
         why = f"{error.strerror}; the file system must be writable and have locks"
         raise UserError(f"cannot lock {path}: {why}") from None
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # before the lock is free: who waits for it then sees that the file is another
+        if not shared:
+            path.unlink(missing_ok=True)  # before the lock is free: who waits for it then sees that the file is another
         file.close()
 
 
-def _taken(path: Path, in_use: str | None) -> TextIO:
+def _taken(path: Path, in_use: str | None, kind: int) -> TextIO:
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = path.open("w")
+        file = path.open("w+")
         try:
             # Not flock, which forked processes would inherit.
-            fcntl.lockf(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if in_use else 0))
+            fcntl.lockf(file, kind | (fcntl.LOCK_NB if in_use else 0))
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
         except OSError as error:

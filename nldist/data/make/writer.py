@@ -91,7 +91,14 @@ class SplitWriter:
         return None
 
     def missing(self, numbers: Iterable[int] | None = None) -> dict[int, int]:
-        """Those of these shards (or of all) that are missing, and how many images each is made of."""
+        """Those of these shards (or of all) that are missing, and how many images each is made of.
+
+        Raises:
+            UserError: somebody has removed what was begun.
+        """
+        if not self.build.listed.file.exists():
+            self.build.complete_summary()
+            return {}
         sizes = self.build.listed.facts().sizes
         numbers = range(len(sizes)) if numbers is None else numbers
         return {number: sizes[number] for number in numbers if self.build.load_facts(number) is None}
