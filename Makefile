@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= passive
 # Without bytecode each process compiles torch and all else anew: seconds. uv writes none by itself.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test soak lint format bench rehearsal clean
+.PHONY: setup demo test test-gpu soak lint format bench rehearsal clean
 
 setup: .venv/.ready
 
@@ -33,6 +33,10 @@ demo: setup
 # Many tests wait for processes that start or time out; two at a time use that.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# What needs an NVIDIA GPU, or two: without one all are skipped.
+test-gpu: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu
 
 # The slow tests, and a run on a Slurm cluster through twenty disturbances; as root, after .ci/install.
 soak: setup

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 # Before any of them is imported: the shapes in their signatures are checked at each call.
@@ -20,6 +21,12 @@ def run_tool(*arguments: object, check: bool = True) -> subprocess.CompletedProc
     """Run `python ARGUMENTS` from the repository's root."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=REPOSITORY, check=check, capture_output=True, text=True)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out what this machine cannot run."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,7 @@ def test_integers_and_ranges_stay_inside() -> None:
     assert abs(rng.chance(0.3).double().mean().item() - 0.3) < 0.02
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_same_numbers_on_a_gpu() -> None:
     ids = torch.arange(10_000)
     on_gpu = DrawSource((1, 2), ids.cuda()).at(4).uniform(3).cpu().numpy()

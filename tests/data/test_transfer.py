@@ -107,7 +107,7 @@ def test_left_out_images_close_the_gap(tmp_path: Path) -> None:
     assert stream.num_bad == 8
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_on_a_gpu_are_those_on_the_cpu(index: Index, num_workers: int) -> None:
     stream = Stream(index, None, _Pairs(), num_workers=num_workers, device=torch.device("cuda"))

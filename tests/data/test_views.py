@@ -395,7 +395,7 @@ def test_every_setting_is_described() -> None:
     assert Resize(size=8).op == "resize"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", RAGGED)
 def test_same_view_on_a_gpu(name: str) -> None:
     images, sizes, draws = ragged_batch()
