@@ -1,7 +1,7 @@
 """Commands and ranks as processes of their own: how long they take, and how much memory each of them at most.
 
-What imports this must stay small: a process keeps over exec the high-water mark of what it was before, its parent's
-memory (findings/peak_memory_of_a_command.sh).
+Memory is the most that was seen, not what wait4 tells: in that is what the parent had
+(findings/peak_memory_of_a_command.sh), and code that is read to unload torch (findings/torch_exit_memory.sh).
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ _STOPPED = 143  # a rank's exit code after SIGTERM
 
 @dataclass(frozen=True)
 class Cost:
-    """Of some processes that have ended: seconds from the first one's start, and the largest one's peak in MiB."""
+    """Of processes that have ended, and those below them: seconds from the start, the largest one's peak in MiB."""
 
     seconds: float
     peak_mib: float
@@ -68,7 +69,7 @@ class Group:
                 subprocess.Popen([sys.executable, *command], env=_environment(more), stdout=out, stderr=out)
                 for command, more in zip(self.commands, self.environments, strict=True)
             ]
-        self._peaks: dict[int, float] = {}
+        self._memory: dict[int, _Memory] = {}
 
     @property
     def seconds(self) -> float:
@@ -82,7 +83,7 @@ class Group:
             UserError: a process has failed.
         """
         while not reached():
-            if self._collect(os.WNOHANG):
+            if self._collect() != [None] * len(self._processes):
                 return self.end().seconds
             time.sleep(_POLL_SECONDS)
         return self.seconds
@@ -100,8 +101,8 @@ class Group:
         for process in self._processes:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGKILL)
-        self._collect(0)
-        return max(self._peaks.values())
+        self._wait()
+        return max(memory.peak_mib for memory in self._memory.values())
 
     def end(self, *codes: int) -> Cost:
         """Wait until all have ended.
@@ -109,21 +110,54 @@ class Group:
         Raises:
             UserError: one with another code than these; by default than 0.
         """
-        self._collect(0)
+        self._wait()
         if any(process.returncode not in (codes or (0,)) for process in self._processes):
             found = ", ".join(str(process.returncode) for process in self._processes)
             raise UserError(f"{' '.join(self.commands[0])} ended with code {found}; see {self.log}")
-        return Cost(self.seconds, max(self._peaks.values()))
+        return Cost(self.seconds, max(memory.peak_mib for memory in self._memory.values()))
 
-    def _collect(self, options: int) -> bool:
-        """Take the exit codes and peaks of those that have ended (with options 0 of all); whether any has."""
-        for process in self._processes:
-            if process.returncode is None:
-                pid, status, usage = os.wait4(process.pid, options)
-                if pid:
-                    process.returncode = os.waitstatus_to_exitcode(status)
-                    self._peaks[pid] = usage.ru_maxrss / 1024  # its own or that of one that it waited for
-        return bool(self._peaks)
+    def _wait(self) -> None:
+        while None in self._collect():
+            time.sleep(_POLL_SECONDS)
+
+    def _collect(self) -> list[int | None]:
+        """Look at their peaks and those of what they have started; the exit code of each, None while it runs."""
+        for pid in _with_descendants([process.pid for process in self._processes]):
+            with contextlib.suppress(OSError):
+                self._memory.setdefault(pid, _Memory()).look(Path(f"/proc/{pid}/status").read_text())
+        return [process.poll() for process in self._processes]
+
+
+def _with_descendants(pids: list[int]) -> list[int]:
+    found = list(pids)
+    for pid in found:
+        for children in Path("/proc").glob(f"{pid}/task/*/children"):
+            with contextlib.suppress(OSError):
+                found += map(int, children.read_text().split())
+    return found
+
+
+class _Memory:
+    """Of one process, less the libraries' code that its last second has brought in."""
+
+    def __init__(self) -> None:
+        self._looks: deque[tuple[float, float, float]] = deque([(0.0, 0.0, 0.0)])
+
+    def look(self, status: str) -> None:
+        """Keep what /proc/PID/status says of a process that has not ended."""
+        found = {
+            words[0]: float(words[1]) / 1024 for line in status.splitlines() if (words := line.split())[2:] == ["kB"]
+        }
+        if "VmHWM:" in found:
+            self._looks.append((time.perf_counter(), found["VmHWM:"], found["RssFile:"]))
+            while len(self._looks) > 2 and self._looks[1][0] < self._looks[-1][0] - 1:
+                self._looks.popleft()
+
+    @property
+    def peak_mib(self) -> float:
+        """The most that it has had."""
+        (_, before, code_before), (_, peak, code) = self._looks[0], self._looks[-1]
+        return max(before, peak - max(code - code_before, 0))
 
 
 def _environment(more: dict[str, Any]) -> dict[str, str]:
