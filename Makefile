@@ -54,9 +54,9 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# One table of ratios against references, in under 15 minutes; ARGS="mixture shard": some of it.
 bench: setup
-	$(BIN)/python benchmarks/mixture.py
-	$(BIN)/python benchmarks/input.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py $(ARGS)
 
 # All that nldist does with 2.4 M tiny images on two ranks; an hour, 25 GB. ARGS="--scale 0.01": minutes.
 rehearsal: setup

@@ -154,7 +154,6 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=2_000)
     parser.add_argument("--passes", type=int, default=10, help="passes over the images in each turn")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each")
-    parser.add_argument("--no-record", action="store_true", help="print only")
     args = parser.parse_args()
     keep_freed_memory()
     index = prepare(args.work_dir, args.num_images)
@@ -196,8 +195,7 @@ def report(args: argparse.Namespace, index: Index, turns: dict[str, list[tuple[f
         "turns": turns,
         "ratios": ratios,
     }
-    if not args.no_record:
-        print(f"written to {record.write('input', ['torch', 'torchvision', 'pillow', 'webdataset'], results)}")
+    print(f"written to {record.write('input', ['torch', 'torchvision', 'pillow', 'webdataset'], results)}")
 
 
 if __name__ == "__main__":

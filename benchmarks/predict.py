@@ -79,7 +79,6 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()) / "nldist-benchmark-input")
     parser.add_argument("--num-images", type=int, default=2_000)
     parser.add_argument("--repeats", type=int, default=5, help="turns of each")
-    parser.add_argument("--no-record", action="store_true", help="print only")
     args = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(1)
@@ -114,8 +113,7 @@ def report(args: argparse.Namespace, num_images: int, turns: dict[str, list[tupl
         "ratio": ratio,
         "target": TARGET,
     }
-    if not args.no_record:
-        print(f"written to {record.write('predict', ['torch', 'torchvision', 'timm', 'pyarrow'], results)}")
+    print(f"written to {record.write('predict', ['torch', 'torchvision', 'timm', 'pyarrow'], results)}")
 
 
 if __name__ == "__main__":

@@ -27,9 +27,12 @@ def machine() -> dict[str, Any]:
 
 
 def write(name: str, packages: list[str], results: Mapping[str, Any]) -> Path:
-    """Write benchmarks/results/NAME-DATE.json: the results with machine, versions and the command; its path."""
+    """Write benchmarks/results/NAME-DATE.json: the results with machine, versions and the command; its path.
+
+    The environment's RESULTS_DIR is another folder, for what is not to be kept.
+    """
     date = datetime.date.today().isoformat()
-    path = Path(__file__).parent / "results" / f"{name}-{date}.json"
+    path = Path(os.environ.get("RESULTS_DIR", Path(__file__).parent / "results")) / f"{name}-{date}.json"
     path.parent.mkdir(exist_ok=True)
     facts = {
         "date": date,

@@ -220,7 +220,6 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()) / "nldist-benchmark-shard")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of images")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each")
-    parser.add_argument("--no-record", action="store_true", help="print only")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     out = args.work_dir / "out"
@@ -232,8 +231,7 @@ def main() -> None:
         results["kinds"][kind] = report(kind, turns, costs(kind, files))
     results["start_seconds"] = median(start_seconds(args.work_dir, files, out) for _ in range(3))
     print(f"start and end of a command with two workers: {results['start_seconds']:.2f} s")
-    if not args.no_record:
-        print(f"written to {record.write('shard', ['pillow', 'webdataset', 'pyarrow'], results)}")
+    print(f"written to {record.write('shard', ['pillow', 'webdataset', 'pyarrow'], results)}")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def main() -> None:
     """Measure both in turn, print and record the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", help="rows whose names begin so")
     parser.add_argument("--demo", action="store_true", help="whole runs of make demo, once")
     options = parser.parse_args()
     ctypes.CDLL(None).prctl(ADOPT_ORPHANS, 1, 0, 0, 0)  # or what outlives the process that started it is not counted
@@ -48,6 +49,8 @@ def main() -> None:
         trees = {"before": before, "now": REPOSITORY}
         rows = {}
         for name, measure in rows_of(Path(work), options.demo).items():
+            if options.only and not name.startswith(options.only):
+                continue
             turns = 1 if name == "make demo" else options.repeats + 1
             seconds = [{side: measure(tree) for side, tree in trees.items()} for _ in range(turns)]
             medians = {side: statistics.median(turn[side] for turn in seconds[turns > 1 :]) for side in trees}

@@ -1,0 +1,86 @@
+"""How much faster two ranks are than one: DivideMix's sweeps and steps, a core for each rank, taking turns.
+
+    OMP_WAIT_POLICY=passive python benchmarks/two_ranks.py [--turns 5]
+
+Each turn is an epoch of DivideMix on one rank and one on two, with a thread each: PreAct-ResNet-18, 64 + 64 images a
+step and rank, 32 pixels, float32; their gradients, 45 MB a step, go from rank to rank. The images are crops of
+scikit-learn's two photographs. Counted are images a second of all ranks, and the share of time that a rank waits for
+data. With two busy cores that do other work as well, the ratio says what is left of them.
+Leaves benchmarks/results/two-ranks-DATE.json.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import record
+from commands import run_python, train
+from small_images import make_images
+
+from nldist.errors import main_guard
+
+PASSES = {"sweep": ("sweep",), "step": ("net0", "net1")}
+SETTINGS = (
+    *("method.name=dividemix", "method.dividemix.warmup_epochs=0", "train.epochs=1"),
+    *("train.batch_size=64", "train.autocast=off", "dist.device=cpu", "dist.num_threads=1", "data.num_workers=0"),
+    *("views.train=[{op: pad_crop, size: 32, padding: 4}]", "views.eval=[{op: center_crop, size: 32}]"),
+    *("data.label_set=sym50", "track.enabled=false"),
+)
+
+
+@main_guard
+def main() -> None:
+    """Measure in turns, print and record medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-images", type=int, default=1280)
+    parser.add_argument("--model", default="preact_resnet18")
+    parser.add_argument("--turns", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        prepare(work, options.num_images)
+        turns = [{ranks: epoch(work, options.model, ranks) for ranks in (1, 2)} for _ in range(options.turns)]
+    results: dict[str, Any] = {"model": options.model, "turns": turns, "ratios": {}, "data_wait_share": {}}
+    for what in PASSES:
+        ratio = median(turn[2][what]["rate"] / turn[1][what]["rate"] for turn in turns)
+        results["ratios"][what] = ratio
+        results["data_wait_share"][what] = median(turn[2][what]["data_wait_share"] for turn in turns)
+        print(f"{what}: two ranks {ratio:.2f} times one, wait for data {results['data_wait_share'][what]:.1%}")
+    print(f"recorded in {record.write('two-ranks', ['torch', 'torchvision', 'webdataset'], results)}")
+
+
+def prepare(work: Path, num_images: int) -> None:
+    """A data set with half of its labels drawn at random."""
+    make_images(work / "images", num_images)
+    for split in ("train", "test"):
+        run_python("tools/shard.py", "folder", str(work / "images"), str(work / "data"), f"--split={split}", quiet=True)
+    noise = ["--model=symmetric", "--rate=0.5", "--seed=0", "--name=sym50"]
+    run_python("tools/noise.py", str(work / "data"), *noise, quiet=True)
+
+
+def epoch(work: Path, model: str, ranks: int) -> dict[str, dict[str, float]]:
+    """Of each kind of pass the images a second of all ranks, and the share of its time spent on waiting for data."""
+    run_dir = work / "run"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    places = (f"data.root={work / 'data'}", f"run.dir={run_dir}", f"model.name={model}")
+    train("tests/digits.yaml", *places, *SETTINGS, ranks=ranks)
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    facts = next(line for line in lines if line["kind"] == "epoch")
+    found = {
+        what: {
+            "rate": median(facts[f"{name}/images_per_second"] for name in names),
+            "data_wait_share": median(facts[f"{name}/data_wait_share"] for name in names),
+        }
+        for what, names in PASSES.items()
+    }
+    print(f"{ranks} ranks: {found}", flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
