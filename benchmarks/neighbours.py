@@ -1,6 +1,7 @@
-"""Time the sharded neighbour search on synthetic vectors: real processes, one thread each.
+"""Time the sharded neighbour search on synthetic vectors, on real processes.
 
-python benchmarks/neighbours.py exact    two ranks against one stock FAISS process with two threads, taking turns
+python benchmarks/neighbours.py exact    the graph of a set with itself: one rank of two threads and two ranks of one
+                                         against one stock FAISS process with two threads, taking turns
 python benchmarks/neighbours.py ivf      an inverted file over a million vectors: time, recall, memory
 
 With OMP_WAIT_POLICY=passive threads that wait for each other use no CPU time, so that CPU seconds can be compared
@@ -24,17 +25,10 @@ import record
 
 from nldist.data.index import owned
 from nldist.dist.world import World
-from nldist.estimate.neighbours import ShardedIndex
+from nldist.estimate.graph import every_neighbour
+from nldist.estimate.neighbours import ShardedIndex, others
 
 NUM_CLUSTERS = 1_000
-FIGURES = (
-    "seconds_build",
-    "seconds_search",
-    "cpu_seconds_search",
-    "seconds_build_stock",
-    "seconds_search_stock",
-    "cpu_seconds_search_stock",
-)
 _BLOCK = 10_000
 
 
@@ -56,71 +50,79 @@ def vectors(rows: range, dim: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> list[Any]:
+def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, num_threads: int = 1) -> list[Any]:
     """Run `function(world, *args)` on new processes that form a world; their results in rank order."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with ProcessPoolExecutor(num_ranks, multiprocessing.get_context("spawn")) as pool:
-        ranks = [pool.submit(_rank, rank, num_ranks, port, function, args) for rank in range(num_ranks)]
+        ranks = [pool.submit(_rank, rank, num_ranks, num_threads, port, function, args) for rank in range(num_ranks)]
         return [rank.result() for rank in ranks]
 
 
-def _rank(rank: int, num_ranks: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _rank(
+    rank: int, num_ranks: int, num_threads: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
+) -> Any:
     facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
     os.environ |= {name: str(value) for name, value in facts.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with World.start(num_threads=1, device="cpu") as world:
+    with World.start(num_threads=num_threads, device="cpu") as world:
         return function(world, *args)
 
 
-def search_sharded(world: World, args: argparse.Namespace) -> tuple[float, float, float, np.ndarray]:
-    """Seconds to index this rank's vectors and to search for some of them, CPU seconds of the search; the ids found."""
+def graph_by_pairs(world: World, args: argparse.Namespace) -> tuple[float, float, np.ndarray]:
+    """Seconds and CPU seconds to index this rank's vectors and to find the neighbours of all; those, (owned, k - 1)."""
     own = vectors(owned(args.num_vectors, world.rank, world.size), args.dim)
+    every_neighbour(ShardedIndex.build(own[:100], world), 1)  # imports, and compiles once for all turns
     world.barrier()
-    start = time.perf_counter()
-    index = ShardedIndex.build(own, world)
-    built, cpu = time.perf_counter(), time.process_time()
-    _, ids = index.search(own[: args.num_queries // world.size], args.k)
+    start, cpu = time.perf_counter(), time.process_time()
+    graph = every_neighbour(ShardedIndex.build(own, world), args.k - 1)
     cpu = time.process_time() - cpu
     world.barrier()
-    return built - start, time.perf_counter() - built, cpu, ids
+    return time.perf_counter() - start, cpu, graph
 
 
-def search_stock(_: World, args: argparse.Namespace) -> tuple[float, float, float, np.ndarray]:
-    """The same by one stock FAISS index with as many threads as there are ranks on the other side."""
+def graph_by_faiss(_: World, args: argparse.Namespace) -> tuple[float, float, np.ndarray]:
+    """The same by one stock FAISS index with as many threads."""
     everything = vectors(range(args.num_vectors), args.dim)
-    shares = (owned(args.num_vectors, rank, args.num_ranks) for rank in range(args.num_ranks))
-    queries = np.concatenate([everything[share][: args.num_queries // args.num_ranks] for share in shares])
-    faiss.omp_set_num_threads(args.num_ranks)
-    start = time.perf_counter()
+    faiss.omp_set_num_threads(args.num_threads)
+    start, cpu = time.perf_counter(), time.process_time()
     index = faiss.IndexFlatIP(args.dim)
     index.add(everything)
-    built, cpu = time.perf_counter(), time.process_time()
-    ids = index.search(queries, args.k)[1]
-    return built - start, time.perf_counter() - built, time.process_time() - cpu, ids
+    found = index.search(everything, args.k)[1]
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return seconds, cpu, others(found, np.arange(len(found)))
 
 
 def exact(args: argparse.Namespace) -> dict[str, Any]:
-    """Ours and the stock index in turn: medians, every turn, and how often they name another neighbour."""
-    turns = []
+    """The stock index, one rank with all threads, and as many ranks of one thread, in turn: medians, every turn."""
+    runs: dict[str, tuple[Callable[..., Any], int, int]] = {
+        "faiss": (graph_by_faiss, 1, args.num_threads),
+        "one_rank": (graph_by_pairs, 1, args.num_threads),
+        "ranks": (graph_by_pairs, args.num_threads, 1),
+    }
+    turns: list[dict[str, float]] = []
+    graphs: dict[str, np.ndarray] = {}
     for turn in range(args.num_repeats):
-        sharded = run_ranks(search_sharded, args.num_ranks, args)
-        (stock,) = run_ranks(search_stock, 1, args)
-        build, search, cpu = zip(*(rank[:3] for rank in sharded), strict=True)
-        turns.append((max(build), max(search), sum(cpu), *stock[:3]))
-        print(f"turn {turn + 1}", *(f"{value:.2f}" for value in turns[-1]), flush=True)
-    medians = [median(column) for column in zip(*turns, strict=True)]
-    ids = np.concatenate([rank[3] for rank in sharded])
+        turns.append({})
+        for name, (function, num_ranks, num_threads) in runs.items():
+            seconds, cpu, parts = zip(*run_ranks(function, num_ranks, args, num_threads=num_threads), strict=True)
+            turns[-1] |= {f"seconds_{name}": max(seconds), f"cpu_seconds_{name}": sum(cpu)}
+            graphs[name] = np.concatenate(parts)
+        print(f"turn {turn + 1}", *(f"{key} {value:.2f}" for key, value in turns[-1].items()), flush=True)
+    medians = {key: median(turn[key] for turn in turns) for key in turns[0]}
+    ratios = {
+        f"{what}_of_faiss_by_{name}": medians[f"{what}_faiss"] / medians[f"{what}_{name}"]
+        for what in ("seconds", "cpu_seconds")
+        for name in ("one_rank", "ranks")
+    }
     return {
-        **dict(zip(FIGURES, medians, strict=True)),
-        "ratio_search": medians[1] / medians[4],
-        "ratio_cpu": medians[2] / medians[5],
-        "num_queries": len(ids),
-        "queries_per_second": len(ids) / medians[1],
-        "share_of_lists_in_another_order": float((ids != stock[3]).any(axis=1).mean()),
-        "share_of_other_neighbours": 1 - recall(ids, stock[3]),
-        "turns": [dict(zip(FIGURES, turn, strict=True)) for turn in turns],
+        **medians,
+        **ratios,
+        "same_graph": bool((graphs["one_rank"] == graphs["ranks"]).all()),
+        "share_of_faiss_lists_in_another_order": float((graphs["ranks"] != graphs["faiss"]).any(axis=1).mean()),
+        "share_of_faiss_neighbours_that_are_others": 1 - recall(graphs["ranks"], graphs["faiss"]),
+        "turns": turns,
     }
 
 
@@ -182,8 +184,8 @@ def main() -> None:
         command.add_argument("--num-vectors", type=int, default=num_vectors)
         command.add_argument("--dim", type=int, default=128)
         command.add_argument("--k", type=int, default=21)
-        command.add_argument("--num-ranks", type=int, default=2)
-    commands.choices["exact"].add_argument("--num-queries", type=int, default=200_000)
+    commands.choices["ivf"].add_argument("--num-ranks", type=int, default=2)
+    commands.choices["exact"].add_argument("--num-threads", type=int, default=2)
     commands.choices["exact"].add_argument("--num-repeats", type=int, default=5)
     commands.choices["ivf"].add_argument("--factory", default="IVF4096,Flat")
     commands.choices["ivf"].add_argument("--num-probe", type=int, default=16)
@@ -193,8 +195,10 @@ def main() -> None:
     for key, value in results.items():
         print(f"{key:>32} {value}")
     data = f"synthetic: {args.num_vectors} x {args.dim}, mixture of {NUM_CLUSTERS} Gaussians, length 1"
-    packages = ["faiss-gpu", "numpy", "torch"]
-    setting = {"data": data, "k": args.k, "num_ranks": args.num_ranks, "threads_per_rank": 1}
+    packages = ["faiss-gpu", "numba", "numpy", "torch"]
+    setting = {"data": data, "k": args.k} | (
+        {"threads": args.num_threads} if args.name == "exact" else {"num_ranks": args.num_ranks, "threads_per_rank": 1}
+    )
     print(f"written to {record.write(f'neighbours-{args.name}', packages, setting | results)}")
 
 

@@ -92,7 +92,7 @@ def test_each_stage_alone_killed_and_started_again_ends_with_the_same_weights(
     run_dir = tmp_path / "run"
     assert job(digits, run_dir, "--stages", "cluster") == [2]
     assert "stage pretext is not done" in output(run_dir)
-    for number, (name, num_steps) in enumerate({"pretext": 16, "mine": 12, "cluster": 16, "train": 40}.items()):
+    for number, (name, num_steps) in enumerate({"pretext": 16, "mine": 8, "cluster": 16, "train": 40}.items()):
         victim, other = number % 2, 1 - number % 2
         codes = job(digits, run_dir, "--stages", name, world_size=2, kill=(victim, num_steps))
         assert (codes[victim], codes[other]) == (-9, 1), "the other rank must end, not wait"
@@ -154,6 +154,19 @@ def test_the_graph_does_not_depend_on_the_number_of_ranks(digits: Path, undistur
     one, other = (np.load(stage(run, "mine") / "tables" / "neighbours.npy") for run in (run_dir, undisturbed))
     # Features are the network's in another batch: the last bits differ, and so may neighbours that are nearly tied.
     assert (one == other).mean() > 0.999
+
+
+def test_a_search_goes_on_with_other_ranks(digits: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run_dir, name = tmp_path / "run", stage(undisturbed, "pretext").name
+    (run_dir / "stages").mkdir(parents=True)
+    (run_dir / "stages" / name).symlink_to(stage(undisturbed, "pretext"))
+    settings = ("train.checkpoint_every_steps=1", "--stages", "mine")
+    assert job(digits, run_dir, *settings, world_size=2, kill=(1, 9)) == [1, -9]
+    saved = max((stage(run_dir, "mine") / "checkpoints").glob("e0001-p00-s*"))
+    assert job(digits, run_dir, *settings, world_size=3) == [0, 0, 0]
+    assert f"resumed from {saved.name} with 3 rank(s), written by 2" in output(run_dir)
+    one, other = (stage(run, "mine") / "tables" / "neighbours.npy" for run in (run_dir, undisturbed))
+    assert one.read_bytes() == other.read_bytes()
 
 
 def run_stages(digits: Path, run_dir: Path, stages: str, *overrides: str, world_size: int = 1) -> None:

@@ -14,7 +14,7 @@ from tests.jobs import DIGITS
 
 # Takes seconds to import and is used at some places only. Those import it when they get there.
 SLOW = (
-    *("deepspeed", "faiss", "matplotlib", "mlflow", "pandas", "scipy", "sklearn", "sympy", "timm"),
+    *("deepspeed", "faiss", "matplotlib", "mlflow", "numba", "pandas", "scipy", "sklearn", "sympy", "timm"),
     *("torch._dynamo", "torchvision"),
     *("aiohttp", "botocore", "fsspec", "s3fs"),  # only where a remote shard is read
 )

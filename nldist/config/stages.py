@@ -55,7 +55,9 @@ class MineSection(Section):
     )
     factory: Name = Field("Flat", description="FAISS index; Flat is exact")
     num_probe: int | None = Field(None, ge=1, description="lists that an IVF index looks into")
-    block: Annotated[int, FREE] = Field(4096, ge=1, description="queries per step and rank")
+    block: Annotated[int, FREE] = Field(
+        4096, ge=1, description="queries per step and rank, of an approximate index or on a GPU"
+    )
 
 
 class ClusterSection(Section):

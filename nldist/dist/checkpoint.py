@@ -114,9 +114,10 @@ class Checkpoints:
         """The newest whole checkpoint that this world can go on from. A collective.
 
         Each rank looks through the files that it would read. Where one finds damage, all go on to the next older
-        checkpoint, and the damaged one is kept in `damaged/`. Another world size goes on from an epoch's end only, as
-        does what an nldist of other draws has saved. Newer checkpoints, which it has to leave behind, are removed: they
-        would not belong to the run that goes on.
+        checkpoint, and the damaged one is kept in `damaged/`. Another world size goes on from an epoch's end only, or
+        within a pass that any can go on with (`any_world`); what an nldist of other draws has saved goes on from an
+        epoch's end. Newer checkpoints, which it has to leave behind, are removed: they would not belong to the run that
+        goes on.
 
         Raises:
             UserError: no checkpoint is whole. All are left as they are.
@@ -170,7 +171,8 @@ class Checkpoints:
         position, rank = Position(**shared["position"]), None
         if shared["world_size"] == self._world.size:
             rank = load_file(path / _rank_file(self._world.rank))
-        assert rank is not None or position.at_epoch_edge, "a checkpoint within an epoch fits its own world only"
+        fits = rank is not None or position.at_epoch_edge or shared.get("any_world", False)
+        assert fits, "a checkpoint within an epoch fits its own world only"
         return position, shared, rank
 
     def _fits(self, path: Path) -> bool:
@@ -178,10 +180,11 @@ class Checkpoints:
         try:
             if _position(path).at_epoch_edge:
                 return True
-            if _world_size(_names(path)) != self._world.size:
+            shared = load_file(path / SHARED_FILE, mmap=True)
+            if _world_size(_names(path)) != self._world.size and not shared.get("any_world", False):
                 return False
             # The rest of an epoch that was begun with other draws is not what is left of it.
-            return bool(load_file(path / SHARED_FILE, mmap=True).get("draws", 1) == REVISION)
+            return bool(shared.get("draws", 1) == REVISION)
         except (ValueError, UserError):  # it is damaged: to be found so, not to be removed as another world's
             return True
 

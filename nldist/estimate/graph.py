@@ -12,7 +12,8 @@ import torch
 from nldist.data.index import owned
 from nldist.dist.world import World
 from nldist.errors import UserError
-from nldist.estimate.neighbours import ShardedIndex
+from nldist.estimate.neighbours import ShardedIndex, others, refuse_few
+from nldist.estimate.pairs import PairSearch, num_candidates, num_steps
 from nldist.estimate.shard import lengths
 
 _ROWS = 65_536
@@ -46,13 +47,9 @@ def neighbours_of(index: ShardedIndex, ids: range, k: int) -> np.ndarray:
     Raises:
         UserError: there are fewer than k + 1 vectors, or an approximate index found fewer.
     """
-    if index.num_vectors <= k:
-        most = index.num_vectors - 1
-        raise UserError(f"{index.num_vectors} samples do not have {k} neighbours each; lower k to {most} at most")
+    refuse_few(index, k)
     _, found = index.search(index.vectors(ids), k + 1)
-    other = found != np.arange(ids.start, ids.stop)[:, None]
-    other[other.all(axis=1), -1] = False
-    neighbours: np.ndarray = found[other].reshape(len(ids), k).astype(np.int32)
+    neighbours = others(found, np.arange(ids.start, ids.stop)).astype(np.int32)
     short = np.flatnonzero((neighbours < 0).any(axis=1))
     if len(short):
         raise UserError(
@@ -60,6 +57,22 @@ def neighbours_of(index: ShardedIndex, ids: range, k: int) -> np.ndarray:
             "raise num_probe"
         )
     return neighbours
+
+
+def every_neighbour(index: ShardedIndex, k: int) -> np.ndarray:
+    """`neighbours_of` all indexed vectors of this rank, (owned, k) int32. A collective.
+
+    Of an exact index on the CPU each pair of vectors is multiplied once.
+    """
+    if not index.for_pairs:
+        return neighbours_of(index, index.owned, k)
+    shape = len(index.owned), num_candidates(k)
+    search = PairSearch(index, k, np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int32))
+    graph = np.empty((len(index.owned), k), np.int32)
+    for step in range(num_steps(index.num_vectors)):
+        for ids, neighbours in search.step(step):
+            graph[ids.start - index.owned.start : ids.stop - index.owned.start] = neighbours
+    return graph
 
 
 class GraphFile:

@@ -4,6 +4,8 @@ Each rank searches its own vectors for the queries of all; the query's owner mer
 score, ascending id). Ids count the vectors in rank order (docs/scanmix.md, "At full scale").
 """
 
+from itertools import pairwise
+
 import faiss
 import numpy as np
 import torch
@@ -32,15 +34,18 @@ class ShardedIndex:
 
     Attributes:
         owned: the ids of this rank's vectors.
+        owned_by: those of every rank's, in rank order.
         num_vectors: vectors of all ranks.
+        world: the ranks.
+        for_pairs: whether nldist.estimate.pairs can search it.
     """
 
     def __init__(self, vectors: np.ndarray, world: World, factory: str, trained: np.ndarray | None) -> None:
         counts = world.all_gather(np.array([len(vectors)], np.int64))
-        start = int(counts[: world.rank].sum())
-        self.owned, self.num_vectors = range(start, start + len(vectors)), int(counts.sum())
-        self._world = world
-        self._device = world.device if faiss.get_num_gpus() else torch.device("cpu")
+        bounds = [0, *np.cumsum(counts).tolist()]
+        self.owned_by = [range(*ends) for ends in pairwise(bounds)]
+        self.owned, self.num_vectors, self.world = self.owned_by[world.rank], bounds[-1], world
+        self._device, self.for_pairs = _device(world), searches_pairs(factory, world)
         settle_faiss()
         try:
             index = None if trained is None else faiss.deserialize_index(trained)
@@ -78,6 +83,14 @@ class ShardedIndex:
         assert not ids or 0 <= start <= start + len(ids) <= len(self.owned), "ids of another rank"
         return np.asarray(self._shard.vectors[start : start + len(ids)].cpu().numpy())
 
+    def fetch(self, ids: np.ndarray) -> np.ndarray:
+        """The vectors (b, d) float32 of ids (b,) of any rank, ascending; b may differ between ranks. A collective."""
+        edges = np.searchsorted(ids, [owned.start for owned in self.owned_by] + [self.num_vectors])
+        asked = self.world.all_gather(np.diff(edges)[None])  # row: who asks; column: whom
+        mine, of_me = asked[self.world.rank], asked[:, self.world.rank]
+        wanted = _exchange(ids, mine, of_me, self.world)
+        return _exchange(self.vectors(self.owned)[wanted - self.owned.start], of_me, mine, self.world)
+
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k vectors, of any rank, of largest inner product with each query of this rank. A collective.
 
@@ -94,8 +107,8 @@ class ShardedIndex:
         """
         if not 1 <= k <= MAX_K:
             raise ValueError(f"k must be in 1..{MAX_K}, not {k}")
-        counts = _refuse(queries, self._world, "queries")
-        size = max(1, _BLOCK // self._world.size)
+        counts = _refuse(queries, self.world, "queries")
+        size = max(1, _BLOCK // self.world.size)
         blocks = [
             self._search_block(queries[start : start + size], np.clip(counts - start, 0, size), k)
             for start in range(0, max(int(counts.max()), 1), size)
@@ -105,19 +118,42 @@ class ShardedIndex:
 
     def _search_block(self, queries: np.ndarray, counts: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """`search` for the next `counts` (ranks,) queries of each rank, which all ranks can hold at once."""
-        everyone = _tensor(self._world.all_gather(queries)).to(self._device)
+        everyone = _tensor(self.world.all_gather(queries)).to(self._device)
         scores, rows = (part.cpu().numpy() for part in self._shard.search(everyone, k))
         lists = np.empty((len(everyone), k), _ENTRY)
         lists["score"], lists["id"] = -np.inf, -1
         lists["score"][:, : scores.shape[1]] = scores
         lists["id"][:, : rows.shape[1]] = np.where(rows < 0, -1, rows + self.owned.start)
-        mine = _exchange(lists.view(np.int64), counts, np.full_like(counts, len(queries)), self._world)
-        merged = mine.view(_ENTRY).reshape(self._world.size, len(queries), k).swapaxes(0, 1)
-        merged = merged.reshape(len(queries), self._world.size * k)
+        mine = _exchange(lists.view(np.int64), counts, np.full_like(counts, len(queries)), self.world)
+        merged = mine.view(_ENTRY).reshape(self.world.size, len(queries), k).swapaxes(0, 1)
+        merged = merged.reshape(len(queries), self.world.size * k)
         # Ids ascend with the rank and each list is in order: a stable sort by score leaves ties in ascending order.
         best = np.argsort(-merged["score"], axis=1, kind="stable")[:, :k]
         merged = np.take_along_axis(merged, best, axis=1)
         return merged["score"], merged["id"]
+
+
+def searches_pairs(factory: str, world: World) -> bool:
+    """Whether such an index is one for nldist.estimate.pairs: exact, and on the CPU."""
+    return factory == "Flat" and _device(world).type == "cpu"
+
+
+def refuse_few(index: ShardedIndex, k: int) -> None:
+    """Fail (UserError) if the vectors don't have k others each."""
+    if index.num_vectors <= k:
+        most = index.num_vectors - 1
+        raise UserError(f"{index.num_vectors} samples do not have {k} neighbours each; lower k to {most} at most")
+
+
+def others(found: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """The k nearest others (b, k) of `ids` (b,), from the k + 1 nearest that were found, as a rule with themselves."""
+    other = found != ids[:, None]
+    other[other.all(axis=1), -1] = False
+    return np.asarray(found[other].reshape(len(ids), found.shape[1] - 1))
+
+
+def _device(world: World) -> torch.device:
+    return world.device if faiss.get_num_gpus() else torch.device("cpu")
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

@@ -5,6 +5,7 @@ has. So FAISS is asked for more candidates than wanted, and they are scored agai
 two vectors alone (docs/scanmix.md, "At full scale").
 """
 
+from collections.abc import Callable
 from functools import reduce
 
 import faiss
@@ -14,7 +15,7 @@ from torch import Tensor
 
 # Candidates beyond the k wanted: exact search, where a rounding error could hide the k-th; and the factor of an
 # approximate one, whose own order is rough (a product quantiser's above all).
-_EXTRA = 8
+EXTRA = 8
 _REFINE = 4
 # Candidates at most, as many as FAISS finds on a GPU: beyond that every vector is scored.
 _MAX_CANDIDATES = 2048
@@ -41,9 +42,7 @@ class Shard:
                 index = faiss.index_cpu_to_gpu(self._resources, vectors.device.index, index)
             index.add(vectors)
         self._index = index
-        longest = float(lengths(vectors).max()) if len(vectors) else 0.0
-        # The classical bound on a float32 sum of d rounded products, a little enlarged for our own rounding.
-        self._relative_error = 1.01 * (vectors.shape[1] + 1) * 2.0**-24 * longest
+        self._longest = float(lengths(vectors).max()) if len(vectors) else 0.0
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k vectors of largest inner product with each query, by descending score, ties by ascending row.
@@ -57,7 +56,7 @@ class Shard:
         """
         k = min(k, len(self.vectors))
         if k and len(queries):
-            return self._search(queries, k, k + _EXTRA if self._index is None else _REFINE * k)
+            return self._search(queries, k, k + EXTRA if self._index is None else _REFINE * k)
         nothing = torch.zeros(len(queries), k, device=queries.device)
         return nothing.double(), nothing.long()
 
@@ -67,10 +66,10 @@ class Shard:
         if self._index is None and num > _MAX_CANDIDATES:
             return self._scan(queries, k)
         rough, candidates = self._candidates(queries, num)
-        scores, rows = self._best(queries, candidates, k)
+        scores, rows = best(queries, candidates, k, self._score)
         if self._index is not None or num == len(self.vectors):
             return scores, rows
-        doubtful = (rough[:, -1].double() + self._error(queries) >= scores[:, -1]).nonzero()[:, 0]
+        doubtful = (rough[:, -1].double() + rounding_error(queries, self._longest) >= scores[:, -1]).nonzero()[:, 0]
         if len(doubtful):  # often copies of one image: search each once
             distinct, which = torch.unique(queries[doubtful], dim=0, return_inverse=True)
             parts = torch.split(distinct, _NUM_ENTRIES // num)
@@ -86,22 +85,6 @@ class Shard:
         if self._resources is not None:
             return faiss.knn_gpu(self._resources, queries, self.vectors, num, metric=faiss.METRIC_INNER_PRODUCT)
         return faiss.knn(queries, self.vectors, num, metric=faiss.METRIC_INNER_PRODUCT)
-
-    def _error(self, queries: Tensor) -> Tensor:
-        """How far FAISS's scores of each query may be from ours, (b,)."""
-        # The constant is for products so small that they are rounded to zero.
-        return lengths(queries) * self._relative_error + self.vectors.shape[1] * 2.0**-126
-
-    def _best(self, queries: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The best k of the candidates (b, c) of each query: scores and rows (b, k)."""
-        rows = candidates.sort(dim=1).values  # so that a stable sort by score leaves ties in ascending order
-        num_queries = max(1, _BLOCK[queries.device.type] // (rows.shape[1] * queries.shape[1]))
-        scores = torch.empty(rows.shape, dtype=torch.float64, device=queries.device)
-        # Into place: small results kept among large blocks would keep glibc from using those again.
-        for parts in zip(*(torch.split(whole, num_queries) for whole in (queries, rows, scores)), strict=True):
-            parts[2].copy_(self._score(*parts[:2]))
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
-        return scores[:, :k], rows.gather(1, order[:, :k])
 
     def _score(self, queries: Tensor, rows: Tensor) -> Tensor:
         found = self.vectors.index_select(0, rows.clamp(min=0).flatten()).view(*rows.shape, -1)
@@ -129,6 +112,31 @@ def settle_faiss() -> None:
     faiss.cvar.distance_compute_blas_query_bs = min(4096, 1024 * num_threads)
     # Below 128,000 / d queries FAISS would scan the vectors for each by itself: up to seven times slower.
     faiss.cvar.distance_compute_blas_threshold = 20
+
+
+def best(
+    queries: Tensor, candidates: Tensor, k: int, score: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The best k of each query's candidates (b, c), by `score` of queries and theirs: scores and rows (b, k)."""
+    rows = candidates.sort(dim=1).values  # so that a stable sort by score leaves ties in ascending order
+    num_queries = max(1, _BLOCK[queries.device.type] // (rows.shape[1] * queries.shape[1]))
+    scores = torch.empty(rows.shape, dtype=torch.float64, device=queries.device)
+    # Into place: small results kept among large blocks would keep glibc from using those again.
+    for parts in zip(*(torch.split(whole, num_queries) for whole in (queries, rows, scores)), strict=True):
+        parts[2].copy_(score(*parts[:2]))
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return scores[:, :k], rows.gather(1, order[:, :k])
+
+
+def rounding_error(queries: Tensor, longest: float) -> Tensor:
+    """How far float32 scores of each query (b, d) may be from ours, (b,), where no vector is longer than `longest`.
+
+    However their products are added up.
+    """
+    # The classical bound on a float32 sum of d rounded products, a little enlarged for our own rounding; the constant
+    # is for products so small that they are rounded to zero.
+    dim = queries.shape[1]
+    return lengths(queries) * (1.01 * (dim + 1) * 2.0**-24 * longest) + dim * 2.0**-126
 
 
 def dots(queries: Tensor, vectors: Tensor) -> Tensor:

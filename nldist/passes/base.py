@@ -26,6 +26,9 @@ class Pass(ABC):
 
     split: str = "train"  # or "evaluation", "test"
     trains: ClassVar[bool] = True
+    any_world: ClassVar[bool] = (
+        False  # whether other numbers of ranks can go on within it: steps and state are the same
+    )
     name: str
     batch: dict[str, int]  # role -> samples per step and rank, at most
     num_samples: int  # that the first role has in all, at most

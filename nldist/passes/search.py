@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nldist.data.stream import Batch
 from nldist.dist.table import Column
-from nldist.estimate.graph import neighbours_of, normalise
+from nldist.estimate.graph import every_neighbour, normalise
 from nldist.estimate.neighbours import ShardedIndex
 from nldist.passes.base import Metrics
 from nldist.passes.context import Context
@@ -56,6 +56,6 @@ class SearchSweep(Sweep):
         vectors = features[mine - owned.start].numpy()
         self._features = features = None
         index = ShardedIndex.build(normalise(vectors, out=vectors), context.world)
-        found = neighbours_of(index, places, self._column.rows.shape[1])
+        found = every_neighbour(index, self._column.rows.shape[1])
         self._column[torch.from_numpy(mine)] = torch.from_numpy(ids[found])
         return {}

@@ -1,7 +1,6 @@
 """Stage mine: features of every image in one sweep, then the graph of nearest neighbours (ScanMix, section 3.2)."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,22 +8,23 @@ import torch
 from torch import Tensor
 
 from nldist.config import Config, Recipe
-from nldist.data.plan import Part, Plan
 from nldist.data.views import ViewOp
 from nldist.dist.checkpoint import load_file
 from nldist.dist.engine import Engine
 from nldist.errors import UserError
-from nldist.estimate.graph import GraphFile, neighbours_of, normalise, open_graph, purity
-from nldist.estimate.neighbours import ShardedIndex, check_factory
+from nldist.estimate.graph import normalise
+from nldist.estimate.neighbours import check_factory, searches_pairs
+from nldist.estimate.pairs import num_candidates
 from nldist.models import Network
-from nldist.passes.base import Batches, Curves, Metrics, Pass
+from nldist.passes.base import Pass
 from nldist.passes.context import Context
 from nldist.passes.data import Data
 from nldist.passes.method import Method, Phase, Stage
 from nldist.passes.sweep import FeatureSweep
 from nldist.pretext.base import with_projector
+from nldist.pretext.graph_passes import GRAPH_FILE, PairsPass, SearchPass, add_lists
 
-GRAPH_FILE = "neighbours.npy"
+__all__ = ["GRAPH_FILE", "MINE", "Mine"]
 _WIDEST = 2048  # features of common backbones, at most
 
 
@@ -55,6 +55,9 @@ class Mine(Method):
         dim = context.config.pretext.dim if projected else self.engines[0].model.num_features
         self.column = context.table.add("features", torch.float32, (dim,))
         self._normalised = False  # whether the features have length 1
+        # How the search is done, or was begun on a machine that may have had GPUs where this one has none.
+        self._by_pairs = searches_pairs(self.settings.factory, context.world)
+        self._lists = add_lists(context.table, self.settings.k) if self.settings.factory == "Flat" else None
 
     def build_engines(self) -> list[Engine]:
         """See Method."""
@@ -73,8 +76,13 @@ class Mine(Method):
         """See Method."""
         return [
             Phase("features", 1, lambda epoch: [FeatureSweep(self.context, self.features, self.column)]),
-            Phase("search", 1, lambda epoch: [SearchPass(self.context, self.vectors)]),
+            Phase("search", 1, lambda epoch: [self._search()]),
         ]
+
+    def _search(self) -> Pass:
+        if self._lists is not None and self._by_pairs:
+            return PairsPass(self.context, self.vectors, *self._lists)
+        return SearchPass(self.context, self.vectors)
 
     def evaluation(self, epoch: int) -> list[Pass]:
         """None: the purity of the graph is measured when it is done."""
@@ -99,88 +107,13 @@ class Mine(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """See Method."""
-        return super().state_dict() | {"normalised": self._normalised}
+        return super().state_dict() | {"normalised": self._normalised, "by_pairs": self._by_pairs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See Method."""
         super().load_state_dict(state)
         self._normalised = state.get("normalised", False)  # nldist 0.1 kept them as they are
-
-
-class SearchPass(Pass):
-    """The k nearest neighbours of a block of images per step and rank, into the graph's file.
-
-    Args:
-        context: of the run.
-        vectors: gives the features of this rank's images (owned, d), of length 1.
-    """
-
-    name = "search"
-    trains = False
-
-    def __init__(self, context: Context, vectors: Callable[[], np.ndarray]) -> None:
-        self._context, self._settings, self._vectors = context, context.config.mine, vectors
-        self.batch = {"queries": self._settings.block}
-        self.num_samples = len(context.train)
-        self._purity: dict[str, np.ndarray] = {}
-
-    def plan(self) -> Plan:
-        """Steps without images."""
-        most = -(-self.num_samples // self._context.world.size)
-        return _Blocks(-(-most // self._settings.block))
-
-    def start(self, num_steps: int, start_step: int) -> None:
-        """Index the features of all ranks."""
-        context, settings = self._context, self._settings
-        self._index = ShardedIndex.build(
-            self._vectors(),
-            context.world,
-            factory=settings.factory,
-            num_probe=settings.num_probe,
-            seed=context.seed("index"),
-        )
-        path = context.directory / GRAPH_FILE
-        self._file = GraphFile(path, self.num_samples, settings.k, context.world)
-
-    def step(self, batches: Batches, step: int) -> Mapping[str, Tensor]:
-        """See Pass."""
-        ids = self._context.table.owned[step * self._settings.block : (step + 1) * self._settings.block]
-        self._file.write(ids.start, neighbours_of(self._index, ids, self._settings.k))
-        return {}
-
-    def sync(self) -> None:
-        """What has been written is then in the file, also after a crash of the node."""
-        self._file.flush()
-
-    def finish(self) -> Metrics:
-        """Name the file, and measure how often neighbours have the same label: the given one, and the true one."""
-        context = self._context
-        self._file.finish()
-        owned = context.table.owned
-        rows = open_graph(context.directory / GRAPH_FILE)[owned.start : owned.stop]
-        for name, labels in (("given labels", context.labels), ("true labels", context.clean)):
-            if labels is not None:
-                shares = purity(rows, owned, labels, context.world)
-                self._purity[name] = 100 * shares.cumsum() / np.arange(1, len(shares) + 1)
-        names = {"given labels": "purity", "true labels": "purity_clean"}
-        return {names[name]: float(shares[-1]) for name, shares in self._purity.items()}
-
-    def curves(self) -> dict[str, Curves]:
-        """See Pass."""
-        ks = [float(k) for k in range(1, self._settings.k + 1)]
-        lines = {name: (ks, shares.tolist()) for name, shares in self._purity.items()}
-        title = f"{self._context.train.name}: neighbours with the same label"
-        return {"purity": Curves(title, "nearest neighbours k", "share with the anchor's label (%)", lines)}
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """Steps that read no image."""
-
-    num_steps: int
-
-    def step(self, k: int) -> dict[str, Part]:
-        return {}
+        self._by_pairs = state.get("by_pairs", False)
 
 
 def _check(config: Config, data: Data, _: int) -> None:
@@ -196,8 +129,9 @@ def _dim(config: Config) -> int:
 
 
 def _num_bytes(config: Config, data: Data) -> int:
-    """The graph, and a checkpoint of the features."""
-    return 4 * len(data.train) * (config.mine.k + _dim(config))
+    """The graph, and a checkpoint of the features and of the lists of an exact search."""
+    lists = 2 * num_candidates(config.mine.k) if config.mine.factory == "Flat" else 0
+    return 4 * len(data.train) * (config.mine.k + _dim(config) + lists)
 
 
 MINE = Stage(

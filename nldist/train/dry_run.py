@@ -77,6 +77,9 @@ def _phase_lines(context: Context, method: Method, world_size: int) -> Iterator[
     for phase, epoch in _phases(method):
         yield f"phase       {phase.name}: {phase.num_epochs} epochs on {world_size} rank(s), each of"
         for task in phase.passes(epoch):
+            if not task.batch:
+                yield f"              {task.name}: {task.plan().num_steps:,} steps without images"
+                continue
             first = next(iter(task.batch.values()))
             steps = -(-task.num_samples // (first * world_size))
             bound = "at most " if len(task.batch) > 1 else ""

@@ -113,7 +113,7 @@ class Trainer:
         if self._stop or 0 < every <= self._steps_since_save:
             position = self.progress.position
             task.sync()
-            self._save(Position(position.epoch, position.pass_index, resume_step))
+            self._save(Position(position.epoch, position.pass_index, resume_step), any_world=task.any_world)
         return not self._stop
 
     def _finish_pass(self, task: Pass, stream: Stream, watch: Watch) -> None:
@@ -136,8 +136,8 @@ class Trainer:
         """Bad records of the present pass on this rank."""
         return self.progress.num_bad_before + (self._stream.num_bad if self._stream else 0)
 
-    def _save(self, position: Position) -> None:
-        self.progress.save(position, self._num_bad() if position.step else 0)
+    def _save(self, position: Position, *, any_world: bool = False) -> None:
+        self.progress.save(position, self._num_bad() if position.step else 0, any_world=any_world)
         self._steps_since_save = 0
 
     def _end_epoch(self, epoch: int, phase: Phase, seconds: float) -> None:

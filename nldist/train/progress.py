@@ -70,8 +70,10 @@ class Progress:
             self.meter, self.num_bad_before = Meter(rank["meter"]), rank["num_bad"]
         return path.name, shared["world_size"], shared.get("nldist", "0.1.0")
 
-    def save(self, position: Position, num_bad: int = 0) -> None:
+    def save(self, position: Position, num_bad: int = 0, *, any_world: bool = False) -> None:
         """Write a checkpoint at `position`, `num_bad` records of whose pass were bad on this rank. A collective.
+
+        `any_world`: another number of ranks can go on within that pass.
 
         Raises:
             UserError: the training has diverged, or the file system refused.
@@ -84,6 +86,7 @@ class Progress:
             "record": self.record,
             "model_revision": model_revision(self._context.config.model.name),
             "nldist": __version__,
+            "any_world": any_world,
         }
         rank = {
             "method": self._method.rank_state_dict(),
