@@ -71,7 +71,9 @@ def mixture(results: Results) -> Iterator[Row]:
 
 def neighbours(results: Results) -> Iterator[Row]:
     """CPU seconds of the search."""
-    yield Row("exact k-NN graph", "two ranks", "FAISS, two threads", 1 / results["ratio_cpu"], "matrix products")
+    for fast, key in (("two threads", "one_rank"), ("two ranks", "ranks")):
+        ratio = results[f"cpu_seconds_of_faiss_by_{key}"]
+        yield Row("exact k-NN graph", fast, "FAISS, two threads", ratio, "matrix products, of which half are left out")
 
 
 def checkpoint(results: Results) -> Iterator[Row]:
@@ -110,9 +112,7 @@ SCRIPTS = {
     "small_images": Script(("--num-images=10000", "--turns=3"), "small-images", small_images),
     "input": Script(("--num-images=500", "--passes=4", "--repeats=3"), "input", images),
     "mixture": Script(("--num-samples=600000", "--num-repeats=3"), "mixture", mixture),
-    "neighbours": Script(
-        ("exact", "--num-vectors=60000", "--num-queries=60000", "--num-repeats=3"), "neighbours-exact", neighbours
-    ),
+    "neighbours": Script(("exact", "--num-vectors=60000", "--num-repeats=3"), "neighbours-exact", neighbours),
     "checkpoint": Script(("--turns=3",), "checkpoint", checkpoint),
     "two_ranks": Script(("--model=small_cnn", "--turns=3"), "two-ranks", two_ranks),
     "shard": Script(("--scale=0.1", "--repeats=3"), "shard", shard),
