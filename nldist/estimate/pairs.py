@@ -57,7 +57,7 @@ class PairSearch:
         self._scan, self._merge = scan.scan, scan.merge
         self._index, self._world, self._k = index, index.world, k
         self._blocks = Blocks(index.num_vectors)
-        self._scores = torch.empty(torch.get_num_threads(), _TILE * _TILE)
+        self._scores = torch.empty(torch.get_num_threads(), _TILE * _TILE, dtype=torch.float32)
         self._lists = _Lists(scores, ids, scores[:, 0].copy())
         self._vectors = torch.from_numpy(index.vectors(index.owned))
         longest = torch.zeros(1, dtype=torch.float64)
