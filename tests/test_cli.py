@@ -39,7 +39,7 @@ def test_dry_run_tells_of_every_stage(digits: Path, tmp_path: Path, capsys: pyte
     stages = [line.split()[1] for line in text.splitlines() if line.startswith("stage ")]
     assert stages == ["pretext", "mine", "cluster", "train"]
     assert "net0: 6 steps of 128 all images per rank" in text  # ceil(1437 / (128 * 2))
-    assert "search: 8 steps of 100 queries" in text
+    assert "search: 4 steps without images" in text
     # 5 % kept apart: ceil(1365 / (64 * 2))
     assert "cluster0: at most 11 steps of 64 anchors + 64 neighbours images per rank" in text
     assert f"{4 * 16} bytes per sample" in text, "features while mining"
