@@ -43,8 +43,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(b, in_channels, h, w) -> (b, channels, h / stride, w / stride)."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(out)).add_(self.shortcut(x)), inplace=True)
 
 
 class PreActBlock(nn.Module):
@@ -62,9 +62,9 @@ class PreActBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(b, in_channels, h, w) -> (b, channels, h / stride, w / stride)."""
-        activated = F.relu(self.bn1(x))
-        out: torch.Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated))))
-        return torch.add(out, self.shortcut(activated))
+        activated = F.relu(self.bn1(x), inplace=True)
+        out: torch.Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated)), inplace=True))
+        return out.add_(self.shortcut(activated))
 
 
 class ResNetCIFAR(nn.Module):
@@ -98,7 +98,7 @@ class ResNetCIFAR(nn.Module):
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """The last feature map (b, 512, h / 8, w / 8) of images (b, 3, h, w)."""
-        maps: torch.Tensor = self.stages(F.relu(self.bn1(self.conv1(images))))
+        maps: torch.Tensor = self.stages(F.relu(self.bn1(self.conv1(images)), inplace=True))
         return maps
 
     def forward_head(self, maps: torch.Tensor, pre_logits: bool = True) -> torch.Tensor:
