@@ -71,7 +71,7 @@ def after_a_forward(method: Method) -> Pass:
     """Cross-entropy's after a forward without gradient."""
 
     def loss(engine: Engine, step: Step) -> Mapping[str, Tensor]:
-        engine.predict(step.images, "features", "classify")
+        engine.predict((step.images, "features", "classify"))
         return cross_entropy(engine, step)
 
     return SupervisedPass(method.context, 0, method.engines[0], 1, loss)

@@ -93,19 +93,22 @@ class Engine(ABC):
         return [_at_least_float32(output) for output in self._forward(self._formatted(calls), backbone, last)]
 
     @torch.no_grad()
-    def predict(self, images: Tensor, *outputs: str, by: nn.Module | None = None) -> list[Tensor]:
-        """Outputs of this network (or of `by`, such as a peer) in its present mode, at least float32, no gradient."""
+    def predict(self, *calls: Call, by: nn.Module | None = None) -> list[Tensor]:
+        """`Network.forward` of this network (or of `by`, such as a peer) in its present mode, without a gradient.
+
+        The outputs are at least float32. With autocast, weights are cast once for all of the calls.
+        """
         with self._precision():
-            predicted = (self.model if by is None else by)(*self._formatted([(images, *outputs)]))
+            predicted = (self.model if by is None else by)(*self._formatted(calls))
         return [_at_least_float32(output) for output in predicted]
 
     def infer(self, images: Tensor, *outputs: str) -> list[Tensor]:
         """Outputs of this network's latest weights in eval mode, at least float32, no gradient."""
-        return self.predict(images, *outputs, by=self.model.eval())
+        return self.predict((images, *outputs), by=self.model.eval())
 
     def evaluate(self, images: Tensor, *outputs: str) -> list[Tensor]:
         """Outputs of the averaged weights where they are kept, in eval mode, at least float32, no gradient."""
-        return self.predict(images, *outputs, by=self.evaluated.eval())
+        return self.predict((images, *outputs), by=self.evaluated.eval())
 
     @property
     def evaluated(self) -> Any:

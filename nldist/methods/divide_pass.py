@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nldist.data.plan import Plan, divided
 from nldist.data.stream import Batch
@@ -75,8 +75,9 @@ class DividePass(EnginePass):
         labelled, unlabelled = batches["labelled"], batches["unlabelled"]
         x, u = self._views(labelled), self._views(unlabelled)
         # In this order: batch norm's running averages weigh the later forward more.
-        guessed = [self._guess(u)] * 2 if u else []
-        targets = [self._refine(labelled, x)] * 2 + guessed
+        own = self._own([*u, *x])
+        guessed = [self._guess(own[:2], u)] * 2 if u else []
+        targets = [self._refine(labelled, own[-2:])] * 2 + guessed
         num_rows = 2 * len(labelled.ids)
         mixed, mixed_targets = self._mix(torch.cat([*x, *u]), torch.cat(targets), num_rows, step)
         (logits,) = self.engine.forward((mixed, "classify"))
@@ -98,21 +99,26 @@ class DividePass(EnginePass):
         names = [f"{self.name}/{name}{n}" for n in (0, 1)] if len(batch.ids) else []
         return [self.context.view(batch, self.epoch, name, view) for name in names]
 
-    def _refine(self, batch: Batch, views: list[Tensor]) -> Tensor:
+    def _own(self, views: list[Tensor]) -> list[Tensor]:
+        """This network's probabilities of each view; batch norm sees one view after the other."""
+        outputs = self.engine.predict(*((view, "classify") for view in views))
+        return [logits.softmax(1) for logits in outputs]
+
+    def _refine(self, batch: Batch, own: list[Tensor]) -> Tensor:
         """Co-refinement of the labelled (equations 3 and 4): this network only, by the peer's clean probability."""
         clean = self._clean_on_device[batch.ids][:, None]
-        own = torch.stack([self._probabilities(view) for view in views]).mean(0)
-        labels = one_hot(batch.labels, own.shape[1])
-        return sharpen(clean * labels + (1 - clean) * own, self._settings.temperature)
+        mean = torch.stack(own).mean(0)
+        labels = one_hot(batch.labels, mean.shape[1])
+        return sharpen(clean * labels + (1 - clean) * mean, self._settings.temperature)
 
-    def _guess(self, views: list[Tensor]) -> Tensor:
-        """Co-guessing of the unlabelled (Algorithm 1, lines 20 and 21): the mean over both networks and views."""
-        own = [self._probabilities(view) for view in views]
-        peer = [self._probabilities(view, self._peer) for view in views]
-        return sharpen(torch.stack(own + peer).mean(0), self._settings.temperature)
+    def _guess(self, own: list[Tensor], views: list[Tensor]) -> Tensor:
+        """Co-guessing of the unlabelled (Algorithm 1, lines 20 and 21): the mean over both networks and views.
 
-    def _probabilities(self, images: Tensor, by: nn.Module | None = None) -> Tensor:
-        return self.engine.predict(images, "classify", by=by)[0].softmax(1)
+        The peer is in eval mode: it sees both views at once.
+        """
+        (logits,) = self.engine.predict((torch.cat(views), "classify"), by=self._peer)
+        peer = logits.softmax(1).chunk(len(views))
+        return sharpen(torch.stack([*own, *peer]).mean(0), self._settings.temperature)
 
     def _mix(self, images: Tensor, targets: Tensor, num_labelled: int, step: int) -> tuple[Tensor, Tensor]:
         """MixMatch over labelled and unlabelled rows; form=real keeps the labelled rows only."""

@@ -54,7 +54,7 @@ class MCorrection(Method):
 
     def _bootstrap(self, engine: Engine, step: Step) -> Mapping[str, Tensor]:
         """Sections 3.2 and 3.3: targets (1 - w) y + w z before mixup, and the penalty R of the mean prediction."""
-        (predicted,) = engine.predict(step.images, "classify")
+        (predicted,) = engine.predict((step.images, "classify"))
         noisy = self._noisy_probability(step)
         hard = self.settings.bootstrap == "hard"
         own = one_hot(predicted.argmax(1), predicted.shape[1]) if hard else predicted.softmax(1)

@@ -138,7 +138,7 @@ class MixNN(Method):
     def turning_loss(self, engine: Engine, step: Step) -> Mapping[str, Tensor]:
         """Ordinary mixup with the soft labels, in epoch es."""
         if self.is_due(int(step.epoch)):
-            update(self.soft, step.ids, engine.predict(step.images, "classify")[0], self.settings.momentum)
+            update(self.soft, step.ids, engine.predict((step.images, "classify"))[0], self.settings.momentum)
         logits, targets = self._mixed(engine, step, self.soft[step.ids].to(step.images))
         return {"loss": soft_cross_entropy(logits, targets)}
 
@@ -151,7 +151,7 @@ class MixNN(Method):
 
     def synthetic_loss(self, engine: Engine, step: Step) -> Mapping[str, Tensor]:
         """Synthetic samples of each sample and its nearest ones in the batch, after es."""
-        features, logits = engine.predict(step.images, "features", "classify")
+        features, logits = engine.predict((step.images, "features", "classify"))
         if self.is_due(int(step.epoch)):
             update(self.soft, step.ids, logits, self.settings.momentum)
         members = nearest_in_batch(features, self.settings.k)
@@ -233,7 +233,7 @@ class NeighbourhoodPass(EnginePass):
         anchors, others = batches["anchors"], batches["neighbours"]
         method, own = self._method, self._view(anchors, "anchors")
         if method.is_due(self.epoch):
-            update(method.soft, anchors.ids, self.engine.predict(own, "classify")[0], method.settings.momentum)
+            update(method.soft, anchors.ids, self.engine.predict((own, "classify"))[0], method.settings.momentum)
         soft = torch.cat([method.soft[anchors.ids], method.soft.fetch(others.ids)])
         images = torch.cat([own, self._view(others, "neighbours")]) if len(others) else own
         members, present = self._members(anchors, others)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nldist.data.draws import DrawSource
 from nldist.data.stream import Batch
@@ -48,13 +48,11 @@ class MaskedPass(DividePass):
         """One step: guess targets as DivideMix, mask, mix, descend."""
         labelled, unlabelled = batches["labelled"], batches["unlabelled"]
         views_x, views_u = (self._several(batch, "guess", self._guess_view) for batch in (labelled, unlabelled))
-        self._seen: list[Tensor] = []  # this network's feature maps of the guess views, in the order of its forwards
         # In this order: batch norm's running averages weigh the later forward more.
-        targets_u = self._guess(views_u) if views_u else None
-        targets_x = self._refine(labelled, views_x)
-        groups = [self._masked(labelled, views_x, self._seen[-2], targets_x)]
-        if targets_u is not None:
-            groups.append(self._masked(unlabelled, views_u, self._seen[0], targets_u))
+        own = self._own([*views_u, *views_x])
+        groups = [self._masked(labelled, views_x, self._maps[-2], self._refine(labelled, own[-2:]))]
+        if views_u:
+            groups.append(self._masked(unlabelled, views_u, self._maps[0], self._guess(own[:2], views_u)))
         rows, targets, peaks, troughs, whole = (torch.cat(part) for part in zip(*groups, strict=True))
         num_rows = len(groups[0][0])
         mixed, mixed_targets = self._mix(rows, targets, num_rows, step)
@@ -64,13 +62,11 @@ class MaskedPass(DividePass):
         losses["loss_rec"] = torch.stack([F.mse_loss(images, whole) for images in restored]).sum()
         return self._descend(losses, step, self._masking.lambda_rec * losses["loss_rec"])
 
-    def _probabilities(self, images: Tensor, by: nn.Module | None = None) -> Tensor:
-        """See DividePass; this network's feature maps are kept."""
-        if by is not None:
-            return super()._probabilities(images, by)
-        logits, maps = self.engine.predict(images, "classify", "maps")
-        self._seen.append(maps)
-        return logits.softmax(1)
+    def _own(self, views: list[Tensor]) -> list[Tensor]:
+        """See DividePass; the feature maps of the views are kept."""
+        outputs = self.engine.predict(*((view, "classify", "maps") for view in views))
+        self._maps = outputs[1::2]
+        return [logits.softmax(1) for logits in outputs[::2]]
 
     def _masked(self, batch: Batch, views: list[Tensor], maps: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """Rows to be mixed and their targets; the first guess view masked at its peak, at its trough, and whole."""

@@ -112,7 +112,7 @@ class MoCoPass(PretextPass):
         """
         generator = self.context.generator("exchange", self.epoch, step, self.context.world.rank)
         exchange = Exchange(counts, self.context.world, generator)
-        (keys,) = self.engine.predict(exchange.shuffle(images), "project", by=self._method.encoder)
+        (keys,) = self.engine.predict((exchange.shuffle(images), "project"), by=self._method.encoder)
         return exchange.restore(keys)
 
     def finish(self) -> Metrics:

@@ -220,7 +220,7 @@ def in_bf16(world: World, settings: Config) -> tuple[list[float], Weights]:
     engine.start_pass(4, 0)
     losses = [descend(engine, world, step) for step in range(4)]
     assert {p.dtype for p in engine.model.parameters()} == {torch.float32}
-    return losses, [engine.predict(batch(9, world)[0])[0].numpy()]
+    return losses, [engine.predict((batch(9, world)[0],))[0].numpy()]
 
 
 @pytest.mark.parametrize("stage", STAGES)

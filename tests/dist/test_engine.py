@@ -129,7 +129,7 @@ def test_average_weights_follow_the_decay() -> None:
 def buffers_after_a_pass(world: World) -> list[float]:
     engine = DDPEngine(Plain(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2))), config(), world)
     engine.start_pass(1, 0)
-    engine.predict(torch.full((4, 3, 1, 1), float(world.rank)))
+    engine.predict((torch.full((4, 3, 1, 1), float(world.rank)),))
     engine.finish_pass()
     mean: list[float] = engine.model.module[0].running_mean.tolist()
     return mean
