@@ -102,6 +102,26 @@ def test_preact_resnet18_is_dividemixs_variant() -> None:
     assert features.min() < 0  # no ReLU before the pooling
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["preact_resnet18", "resnet18_cifar"])
+def test_layouts_of_single_stages_and_activations_in_place_leave_float32s_gradients_right(
+    name: str, memory_format: torch.memory_format
+) -> None:
+    precise = build_model(name, 10).double()
+    model = build_model(name, 10)
+    model.load_state_dict(precise.state_dict())
+    model.to(memory_format=memory_format)  # type: ignore[call-overload]
+    images = torch.randn(8, 3, 32, 32).contiguous(memory_format=memory_format)
+    for network, pixels in ((model, images), (precise, images.double())):
+        network.logits(pixels).square().sum().backward()
+    for (key, parameter), other in zip(model.named_parameters(), precise.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert other.grad is not None
+        gap, size = (parameter.grad - other.grad).norm(), other.grad.norm()
+        assert gap <= 1e-3 * size, key
+        assert parameter.grad.stride() == parameter.stride()
+
+
 def by_formula(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights that tests/released/networks.json tells of."""
     weights = {}
