@@ -58,7 +58,7 @@ def _mean_prediction(
 
     Ranks may have different numbers of rows. The mean (C,) has no gradient and is at least `least`.
     """
-    total = torch.cat([probabilities.detach().sum(0), probabilities.new_tensor([len(probabilities)])])
+    total = torch.cat([probabilities.detach().sum(0), probabilities.new_full((1,), len(probabilities))])
     total = world.all_reduce(total)
     num_rows = total[-1]
     return probabilities.sum(0) * (world.size / num_rows), (total[:-1] / num_rows).clamp_min(least)

@@ -26,7 +26,8 @@ class _Conv2d(nn.Conv2d):
         """See nn.Conv2d."""
         if self.out_channels < STAGE_WIDTHS[-1] or x.device.type != "cpu" or x.dtype != torch.float32:
             return super().forward(x)
-        return self._conv_forward(x.contiguous(), self.weight.contiguous(), None)
+        out: torch.Tensor = self._conv_forward(x.contiguous(), self.weight.contiguous(), None)
+        return out
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:

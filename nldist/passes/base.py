@@ -55,7 +55,7 @@ class Pass(ABC):
         return num_done
 
     def sync(self) -> None:  # noqa: B027
-        """Bring to the disk what the pass itself has written: a checkpoint is about to be taken."""
+        """Bring to the table or the disk what the pass itself has found: a checkpoint is about to be taken."""
 
     @abstractmethod
     def finish(self) -> Metrics:

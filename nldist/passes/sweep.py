@@ -122,6 +122,7 @@ class LossSweep(Sweep):
     ) -> None:
         super().__init__(context, name, population)
         self._logits, self._after, self._labels = logits, after, labels
+        self._seen: list[tuple[Tensor, dict[str, Tensor]]] = []  # ids and new rows by column, on the device
         self._splits: dict[str, Split] = {}
 
     @staticmethod
@@ -140,13 +141,26 @@ class LossSweep(Sweep):
 
     def see(self, batch: Batch, images: Tensor) -> None:
         """See Sweep."""
-        table, everyone = self.context.table, {name: logits(images) for name, logits in self._logits.items()}
+        everyone = {name: logits(images) for name, logits in self._logits.items()}
         labels = batch.labels if self._labels is None else self._labels(batch.ids)
+        rows = {"suggested": torch.stack([*everyone.values()]).sum(0).argmax(1)}
         for name, logits in everyone.items():
-            losses = F.cross_entropy(logits, labels, reduction="none")
-            table[f"loss{name}"][batch.ids] = finite(losses, f"net{name}")
-            table[f"predicted{name}"][batch.ids] = logits.argmax(1)
-        table["suggested"][batch.ids] = torch.stack([*everyone.values()]).sum(0).argmax(1)
+            rows[f"loss{name}"] = F.cross_entropy(logits, labels, reduction="none")
+            rows[f"predicted{name}"] = logits.argmax(1)
+        self._seen.append((batch.ids, rows))
+
+    def sync(self) -> None:
+        """See Pass. Until then nothing waits for the device."""
+        if not self._seen:
+            return
+        all_ids, all_rows = zip(*self._seen, strict=True)
+        self._seen = []
+        ids = torch.cat(all_ids)
+        for column in all_rows[0]:
+            rows = torch.cat([rows[column] for rows in all_rows])
+            if column.startswith("loss"):
+                finite(rows, f"net{column.removeprefix('loss')}")
+            self.context.table[column][ids] = rows
 
     @property
     def losses(self) -> dict[str, np.ndarray]:
@@ -168,6 +182,7 @@ class LossSweep(Sweep):
 
     def finish(self) -> Metrics:
         """See Pass."""
+        self.sync()
         return self._after(self)
 
 

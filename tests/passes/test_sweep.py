@@ -124,6 +124,26 @@ def test_a_sweep_may_take_the_losses_of_other_labels_than_the_given_ones(digits:
             assert (suggested == logits.argmax(1)).mean() > 0.998
 
 
+def test_a_checkpoint_within_a_sweep_has_what_was_seen_and_the_rest_comes_after_it(digits: Path) -> None:
+    method = build(digits)
+    LossSweep.add_columns(method.context, "")
+    context, table = method.context, method.context.table
+    plan = context.sweep(1437)
+    whole = LossSweep(context, {"": method.logits}, lambda _: {})
+    run_pass(context, whole)
+    expected = whole.losses[""].copy()
+
+    parts = [LossSweep(context, {"": method.logits}, lambda _: {}) for _ in range(2)]
+    for part, steps in zip(parts, (range(5), range(5, plan.num_steps)), strict=True):
+        part.start(plan.num_steps, steps.start)
+        for step, batches in zip(steps, context.stream("train", plan, steps.start), strict=False):
+            part.step(batches, step)
+        part.sync()
+        seen = 1437 if steps.start else 500
+        np.testing.assert_array_equal(table["loss"].numpy()[:seen], expected[:seen])
+        assert np.isnan(table["loss"].numpy()[seen:]).all()
+
+
 def searched(world: World, digits: Path) -> np.ndarray:
     """Of images that the first rank of three owns."""
     context = build(digits, world).context
