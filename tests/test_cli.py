@@ -42,7 +42,7 @@ def test_dry_run_tells_of_every_stage(digits: Path, tmp_path: Path, capsys: pyte
     assert "search: 4 steps without images" in text
     # 5 % kept apart: ceil(1365 / (64 * 2))
     assert "cluster0: at most 11 steps of 64 anchors + 64 neighbours images per rank" in text
-    assert f"{4 * 16} bytes per sample" in text, "features while mining"
+    assert f"{4 * 16 + 8 * (10 + 8)} bytes per sample" in text, "features and candidates while mining"
     assert not (tmp_path / "run").exists()
 
 
