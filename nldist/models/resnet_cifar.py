@@ -26,8 +26,15 @@ class _Conv2d(nn.Conv2d):
         """See nn.Conv2d."""
         if self.out_channels < STAGE_WIDTHS[-1] or x.device.type != "cpu" or x.dtype != torch.float32:
             return super().forward(x)
-        out: torch.Tensor = self._conv_forward(x.contiguous(), self.weight.contiguous(), None)
+        plain = x.contiguous()
+        if plain is not x and plain.requires_grad:
+            plain.register_hook(_channels_last)  # or all layers before it would have a gradient in the wrong layout
+        out: torch.Tensor = self._conv_forward(plain, self.weight.contiguous(), None)
         return out
+
+
+def _channels_last(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.contiguous(memory_format=torch.channels_last)
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:

@@ -48,6 +48,60 @@ def test_published_numbers_of_parameters(name: str, num_classes: int, millions: 
         ("mobilenetv3_small_050", 64),
     ],
 )
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_logits_are_the_head_of_the_features(name: str, size: int, memory_format: torch.memory_format) -> None:
+    model = build_model(name, 7).to(memory_format=memory_format).eval()  # type: ignore[call-overload]
+    images = torch.randn(2, 3, size, size).contiguous(memory_format=memory_format)
+    features = model.features(images)
+    assert features.shape == (2, model.num_features)
+    assert model.logits(images).shape == (2, 7)
+    torch.testing.assert_close(model.logits(images), model.heads["classify"](features))
+
+
+def test_channels_last_gives_the_same_logits() -> None:
+    images = torch.randn(4, 3, 32, 32)
+    for name in ("small_cnn", "preact_resnet18", "resnet18_cifar"):
+        model = build_model(name, 5).eval()
+        expected = model.logits(images)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        got = model.logits(images.contiguous(memory_format=torch.channels_last))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_norm_follows_the_mode() -> None:
+    images = torch.randn(16, 3, 8, 8)
+    model = build_model("small_cnn", 3)
+    buffers = {key: value.clone() for key, value in model.named_buffers()}
+    model.eval()
+    assert torch.allclose(model.logits(images[:1]), model.logits(images)[:1], atol=1e-6)
+    assert all(torch.equal(value, buffers[key]) for key, value in model.named_buffers())
+    model.train()
+    assert not torch.allclose(model.logits(images[:8])[:1], model.logits(images)[:1], atol=1e-4)
+    assert not all(torch.equal(value, buffers[key]) for key, value in model.named_buffers())
+
+
+def test_resnet18_cifar_begins_from_kaiming_normal_convolutions() -> None:
+    """He et al. 2015, section 2.2, by fan-out: as in ScanMix's and SCAN's codes."""
+    torch.manual_seed(0)
+    for name, expected in (("resnet18_cifar", True), ("resnet34_cifar", False), ("preact_resnet18", False)):
+        for module in build_model(name, 10).modules():
+            if isinstance(module, nn.Conv2d) and module.weight.numel() > 10_000:
+                std = (2 / (module.out_channels * module.weight[0, 0].numel())) ** 0.5
+                assert (abs(module.weight.std() / std - 1) < 0.03) == expected, name
+            elif isinstance(module, nn.BatchNorm2d):
+                assert (module.weight == 1).all()
+                assert (module.bias == 0).all()
+
+
+def test_preact_resnet18_is_dividemixs_variant() -> None:
+    model = build_model("preact_resnet18", 10)
+    backbone = model.backbone
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) == 1 + 8 * 2  # one behind the stem, two in each block, none at the end or in shortcuts
+    features = model.eval().features(torch.randn(8, 3, 32, 32))
+    assert features.min() < 0  # no ReLU before the pooling
+
+
 def convolved(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
     """What a layer makes of images (in a layout of their own), and the gradients of its weight and of them."""
     images = images.detach().requires_grad_()
