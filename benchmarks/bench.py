@@ -26,6 +26,7 @@ from nldist.errors import UserError, main_guard
 
 HERE = Path(__file__).parent
 Results = dict[str, Any]
+NAMES = {"reference": "ours, as research code"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,12 @@ def images(results: Results) -> Iterator[Row]:
         yield Row("input, 256 px", fast, reference, results["ratios"][pair]["cpu"], limit)
 
 
+def views(results: Results) -> Iterator[Row]:
+    """CPU seconds."""
+    for size, ratio in results["ratios"].items():
+        yield Row(f"views, {size}", "a batch at once", "torchvision, by image", ratio, "memory; random numbers")
+
+
 def mixture(results: Results) -> Iterator[Row]:
     """CPU seconds."""
     ratio = median(row["cpu_seconds_scikit_learn"] / row["cpu_seconds"] for row in results["rows"])
@@ -90,6 +97,19 @@ def two_ranks(results: Results) -> Iterator[Row]:
         yield Row(f"two ranks, {what}", "two ranks, two cores", "one rank, one core", ratio, wait)
 
 
+def dividemix_step(results: Results) -> Iterator[Row]:
+    """CPU seconds."""
+    limit = "oneDNN's convolutions"
+    for what in ("steps", "epochs"):
+        sides = results[what]
+        for reference in ("0.1", "reference"):
+            ratio = sides[reference]["times_now_cpu"]
+            yield Row(f"DivideMix, {what}", "float32", NAMES.get(reference, f"nldist {reference}"), ratio, limit)
+    sides = results["steps"]
+    in_bf16 = sides["reference"]["times_now_cpu"] / sides["now bf16"]["times_now_cpu"]
+    yield Row("DivideMix, steps", "bf16", NAMES["reference"] + ", float32", in_bf16, "bf16 units, or none; batch norm")
+
+
 def shard(results: Results) -> Iterator[Row]:
     """Images a CPU second of one process: two free cores give twice as many."""
     limits = {"256": "decoding each to check it", "500x400": "Lanczos", "1600x1200": "decoding at a fraction"}
@@ -111,8 +131,10 @@ SCRIPTS = {
     "start": Script(("--repeats=1", "--only=train to the first step"), "start", start),
     "small_images": Script(("--num-images=10000", "--turns=3"), "small-images", small_images),
     "input": Script(("--num-images=500", "--passes=4", "--repeats=3"), "input", images),
+    "views": Script((), "views", views),
     "mixture": Script(("--num-samples=600000", "--num-repeats=3"), "mixture", mixture),
     "neighbours": Script(("exact", "--num-vectors=60000", "--num-repeats=3"), "neighbours-exact", neighbours),
+    "dividemix_step": Script(("--turns=2", "--epochs=1", "--num-images=128"), "dividemix-step", dividemix_step),
     "checkpoint": Script(("--turns=3",), "checkpoint", checkpoint),
     "two_ranks": Script(("--model=small_cnn", "--turns=3"), "two-ranks", two_ranks),
     "shard": Script(("--scale=0.1", "--repeats=3"), "shard", shard),

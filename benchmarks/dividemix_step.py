@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/dividemix_step.py [--released DIR] [--turns 5] [--epochs 5]
 
-PreAct-ResNet-18, 64 + 64 images of CIFAR-10 (`../shared/data/cifar10` or --source), one thread. Each side is a process
-that lives to the end and does one step, or one epoch of a few images, when it is its turn; the first step is not
-counted. Reading and views are counted. An epoch is the sweep by both networks, both mixtures, and both networks'
+PreAct-ResNet-18, 64 + 64 images of 32 pixels (crops of scikit-learn's two photographs), one thread. Each side is a
+process that lives to the end and does one step, or one epoch of a few images, when it is its turn; the first step is
+not counted. Reading and views are counted. An epoch is the sweep by both networks, both mixtures, and both networks'
 passes, for which half of the images is then labelled on every side.
 
     released     DivideMix's authors' code (MIT), a clone of github.com/LiJunnan1992/DivideMix in DIR
@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 import record
-from cifar import unpack
 from PIL import Image
+from small_images import make_images
 from start import BEFORE, REPOSITORY, checkout
 
 from nldist.cli import main as nldist
@@ -64,7 +64,6 @@ class Side:
 def main() -> None:
     """Measure in turns, print and record medians and ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, default=Path("../shared/data/cifar10"))
     parser.add_argument("--released", type=Path, help="the authors' code")
     parser.add_argument("--num-images", type=int, default=240, help="of an epoch")
     parser.add_argument("--turns", type=int, default=5, help="steps of each side")
@@ -72,7 +71,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, checkout(BEFORE, Path(name) / "before") as before:
         data = Path(name) / "data"
-        prepare(options, data)
+        prepare(options.num_images, data)
         sides = {
             "reference": Side("reference", REPOSITORY, data),
             "0.1": Side("nldist", before, data),
@@ -95,12 +94,12 @@ def main() -> None:
     print(f"recorded in {record.write('dividemix-step', ['torch', 'torchvision', 'scikit-learn'], facts)}")
 
 
-def prepare(options: argparse.Namespace, data: Path) -> None:
+def prepare(num_images: int, data: Path) -> None:
     """The images as shards, and as arrays."""
-    unpack(options.source / "cifar10_images.tar.gz", data / "raw", {"train": options.num_images, "test": 10})
+    make_images(data / "raw", num_images)
     for split in ("train", "test"):
-        nldist(["shard", "folder", str(data / "raw" / split), str(data / "set"), "--split", split])
-    paths = sorted((data / "raw" / "train").glob("*/*"))
+        nldist(["shard", "folder", str(data / "raw"), str(data / "set"), "--split", split])
+    paths = sorted((data / "raw").glob("*/*"))
     classes = sorted({path.parent.name for path in paths})
     images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
     order = np.random.default_rng(0).permutation(len(paths))

@@ -150,7 +150,9 @@ def test_the_graph_does_not_depend_on_the_number_of_ranks(digits: Path, undistur
     run_dir, name = tmp_path / "run", stage(undisturbed, "pretext").name
     (run_dir / "stages").mkdir(parents=True)
     (run_dir / "stages" / name).symlink_to(stage(undisturbed, "pretext"))
-    run_stages(digits, run_dir, "mine", world_size=3)
+    run_stages(digits, run_dir, "mine", "track.every_seconds=1e-9", world_size=3)
+    progress = [line for line in output(run_dir).splitlines() if " step " in line]
+    assert ["img/s" in line for line in progress] == ["search" not in line for line in progress], progress
     one, other = (np.load(stage(run, "mine") / "tables" / "neighbours.npy") for run in (run_dir, undisturbed))
     # Features are the network's in another batch: the last bits differ, and so may neighbours that are nearly tied.
     assert (one == other).mean() > 0.999

@@ -28,7 +28,8 @@ class _Conv2d(nn.Conv2d):
             return super().forward(x)
         plain = x.contiguous()
         if plain is not x and plain.requires_grad:
-            plain.register_hook(_channels_last)  # or all layers before it would have a gradient in the wrong layout
+            # Or all layers before it would have gradients in the wrong layout.
+            plain.register_hook(_channels_last)  # type: ignore[no-untyped-call]
         out: torch.Tensor = self._conv_forward(plain, self.weight.contiguous(), None)
         return out
 

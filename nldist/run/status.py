@@ -110,7 +110,8 @@ def describe(facts: dict[str, Any], now: float, is_claimed: bool = True) -> Iter
     if "place" in facts:
         yield f"at        {facts['place']}"
     if "step" in facts:
-        yield f"step      {facts['step']} of {facts['num_steps']} of this pass, {facts['images_per_second']:,.0f} img/s"
+        rate = f", {facts['images_per_second']:,.0f} img/s" if facts["images_per_second"] else ""
+        yield f"step      {facts['step']} of {facts['num_steps']} of this pass{rate}"
     if facts.get("ends") and facts["state"] == "running" and is_claimed:
         yield f"left      {clock(max(facts['ends'] - now, 0))} of stage {facts['stage']} at the last epoch's pace"
     for name, value in facts.get("metrics", {}).items():

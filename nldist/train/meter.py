@@ -74,10 +74,10 @@ class Watch:
         done = max(step - self._start_step, 1)
         left = self.seconds / done * (self.num_steps - step)
         values = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-        return (
-            f"{self.title}  step {step}/{self.num_steps}  {rates['images_per_second']:,.0f} img/s  "
-            f"data wait {rates['data_wait_share']:.0%}  left {clock(left)}  {values}"
-        )
+        reading = f"{rates['images_per_second']:,.0f} img/s  data wait {rates['data_wait_share']:.0%}  "
+        if not rates["images_per_second"]:  # the pass reads none
+            reading = ""
+        return f"{self.title}  step {step}/{self.num_steps}  {reading}left {clock(left)}  {values}"
 
 
 def peak_memory_gib(device: torch.device) -> float:

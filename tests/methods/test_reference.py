@@ -22,10 +22,8 @@ SETTINGS = (
     *("method.name=scanmix", "model.name=preact_resnet18", "train.batch_size=16"),
     "method.dividemix.peers=sequential",
 )
-TOLERANCE = {
-    torch.float64: 1e-9,
-    torch.float32: 5e-3,
-}  # of the norm: in float32 some pixels fall on the other side of 0
+# Of the norm; in float32 some activations fall on the other side of 0.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3}
 DTYPES = pytest.mark.parametrize("dtype", [*TOLERANCE], ids=["float64", "float32"])
 
 
