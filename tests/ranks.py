@@ -18,6 +18,7 @@ CONTEXT.set_forkserver_preload(
     [
         *("nldist.train.stages", "nldist.train.evaluate", "nldist.launch.checks", "nldist.launch.submit"),
         *("nldist.methods.scanmix", "nldist.methods.mixnn", "nldist.report.compare"),
+        "nldist.estimate.scan",
         *("torch._dynamo", "scipy.optimize", "pandas", "matplotlib.figure", "matplotlib.backends.backend_agg"),
     ]
 )
