@@ -46,9 +46,9 @@ def _jobs(split: str, num_samples: int) -> Iterator[tuple[str, range]]:
 def factory(num_samples: int) -> str:
     """An inverted file of 1.5 sqrt(N) lists, so that training it does not grow worse than N; a graph finds the lists.
 
-    A byte per number: candidates are scored again with the vectors themselves.
+    Half a byte per number: candidates are scored again with the vectors themselves.
     """
-    return f"IVF{max(16, int(1.5 * num_samples**0.5))}_HNSW32,SQ8"
+    return f"IVF{max(16, int(1.5 * num_samples**0.5))}_HNSW32,SQ4"
 
 
 def write_tar(folder: Path, job: tuple[str, range]) -> None:
