@@ -1,7 +1,9 @@
 """The graph by pairs over real processes: the same for any number of ranks, any ownership and any interruption."""
 
-from functools import partial
-from itertools import pairwise
+from collections.abc import Sequence
+from functools import cache, partial
+from itertools import pairwise, product
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -49,15 +51,34 @@ def some_steps(world: World, vectors: np.ndarray, lists: Lists, steps: range) ->
     return (scores, ids), graph
 
 
-@pytest.mark.parametrize("kind", DATA)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@cache
+def expected(kind: str) -> np.ndarray:
+    return nearest_others(DATA[kind], K)
+
+
+def in_pairs(ranks: Sequence[Any], quick: Sequence[tuple[Any, str]]) -> list[Any]:
+    """Every kind on all ranks, of which `make test` takes what is quick: any ranks and any kind once or more."""
+    return [
+        pytest.param(*pair, marks=() if pair in quick else pytest.mark.slow, id=f"{pair[0]}-{pair[1]}")
+        for pair in product(ranks, DATA)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "kind"),
+    in_pairs((1, 2, 3, 4), [(1, "random"), (2, "near ties"), (3, "copies"), (3, "near ties"), (4, "random")]),
+)
 def test_the_graph_is_that_of_brute_force_on_any_ranks(world_size: int, kind: str) -> None:
     graph = np.concatenate(run_ranks(graph_of, world_size, DATA[kind]))
-    np.testing.assert_array_equal(graph, nearest_others(DATA[kind], K))
+    np.testing.assert_array_equal(graph, expected(kind))
 
 
-@pytest.mark.parametrize("kind", DATA)
-@pytest.mark.parametrize("world_sizes", [(2, 2, 2), (3, 1, 4), (4, 2, 3)])
+@pytest.mark.parametrize(
+    ("world_sizes", "kind"),
+    in_pairs(
+        ((2, 2, 2), (3, 1, 4), (4, 2, 3)), [((2, 2, 2), "random"), ((3, 1, 4), "near ties"), ((4, 2, 3), "copies")]
+    ),
+)
 def test_interrupted_it_goes_on_with_other_ranks(world_sizes: tuple[int, ...], kind: str) -> None:
     shape = NUM_VECTORS, num_candidates(K)
     lists: Lists = (np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int32))
@@ -69,7 +90,7 @@ def test_interrupted_it_goes_on_with_other_ranks(world_sizes: tuple[int, ...], k
         ranks = run_ranks(some_steps, world_size, DATA[kind], lists, range(start, stop))
         lists = np.concatenate([rank[0][0] for rank in ranks]), np.concatenate([rank[0][1] for rank in ranks])
         graph = np.maximum(graph, np.concatenate([rank[1] for rank in ranks]))
-    np.testing.assert_array_equal(graph, nearest_others(DATA[kind], K))
+    np.testing.assert_array_equal(graph, expected(kind))
 
 
 def refusal(world: World, k: int) -> str:
