@@ -12,6 +12,11 @@ from jaxtyping import install_import_hook
 # Before any of them is imported: the shapes in their signatures are checked at each call.
 install_import_hook(["nldist.losses", "nldist.methods.masks"], "beartype.beartype")
 
+import nldist.cli.noise  # noqa: E402
+import nldist.cli.shard  # noqa: E402
+from nldist.data.make.sources.base import Listing  # noqa: E402
+from nldist.data.make.sources.digits import DigitsSource  # noqa: E402
+from nldist.data.make.writer import WriteOptions, write_split  # noqa: E402
 from tests.mlflow_server import Server  # noqa: E402
 
 REPOSITORY = Path(__file__).parent.parent
@@ -37,9 +42,31 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_digits(root: Path) -> Path:
     """Shard the digits into `root` as the fixture of this name has them."""
-    run_tool("tools/shard.py", "digits", root, "--shard-size", 300)
-    run_tool("tools/noise.py", root, "--model", "symmetric", "--rate", 0.5, "--seed", 0, "--name", "sym50")
+    assert nldist.cli.shard.main(["digits", str(root), "--shard-size=300", "--workers=0"]) == 0
+    return with_noise(root)
+
+
+def with_noise(root: Path) -> Path:
+    """The data set, with half of its labels drawn at random in a label set of their own."""
+    assert nldist.cli.noise.main([str(root), "--model=symmetric", "--rate=0.5", "--seed=0", "--name=sym50"]) == 0
     return root
+
+
+class FewDigits(DigitsSource):
+    """Every third of them."""
+
+    def listing(self) -> Listing:
+        whole = super().listing()
+        return Listing(whole.table[::3], whole.classes)
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """479 images to learn from and 120 others, as `digits` has them: for what does not depend on how many there are."""
+    root = tmp_path_factory.mktemp("few_digits")
+    for split in ("train", "test"):
+        write_split(FewDigits(split), root, split, WriteOptions(shard_size=100))
+    return with_noise(root)
 
 
 @pytest.fixture

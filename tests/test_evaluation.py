@@ -23,7 +23,10 @@ from tests.ranks import run_ranks
 from tests.test_train import assert_same_weights, epoch_records
 
 # The training images are the test split here: another one than that which chooses.
-JOB = ("train.epochs=5", "method.dividemix.warmup_epochs=2", "optim.lr=0.1", "train.best=each", "data.test_split=train")
+JOB = (
+    *("train.epochs=5", "train.batch_size=32", "method.dividemix.warmup_epochs=2", "optim.lr=0.1"),
+    *("train.best=each", "data.test_split=train"),
+)
 ALONE = ("dist.device=cpu", "dist.num_threads=1")
 
 
@@ -32,9 +35,9 @@ def saved(run_dir: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def run_dir(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_dir(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("evaluation") / "run"
-    assert run_job(path, f"data.root={digits}", *JOB, world_size=2) == [0, 0]
+    assert run_job(path, f"data.root={few_digits}", *JOB, world_size=2) == [0, 0]
     return path
 
 
@@ -63,9 +66,9 @@ def test_each_network_is_of_its_own_best_epoch_and_the_test_split_measures_them(
     assert f"{chosen_accuracy:.2f} on train (weights/best.pt)," in output(run_dir).splitlines()[-1]
 
 
-def test_killed_it_ends_with_the_same_choice(run_dir: Path, digits: Path, tmp_path: Path) -> None:
-    arguments, again = (f"data.root={digits}", *JOB), tmp_path / "run"
-    for victim, step in ((1, 40), (0, 70)):
+def test_killed_it_ends_with_the_same_choice(run_dir: Path, few_digits: Path, tmp_path: Path) -> None:
+    arguments, again = (f"data.root={few_digits}", *JOB), tmp_path / "run"
+    for victim, step in ((1, 28), (0, 45)):
         assert run_job(again, *arguments, world_size=2, kill=(victim, step))[victim] == -9
     assert run_job(again, *arguments, world_size=2) == [0, 0]
     assert saved(again)["epoch"] == saved(run_dir)["epoch"]

@@ -11,7 +11,7 @@ import pytest
 
 from nldist.cli import main
 from tests.conftest import run_tool
-from tests.jobs import DIGITS
+from tests.jobs import DIGITS, run_job
 
 
 @pytest.fixture
@@ -52,12 +52,11 @@ def test_label_sets_of_a_read_only_data_set_lie_elsewhere(
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("moved")
-    run_tool("tools/shard.py", "digits", root / "data")
-    command = ["-m", "nldist.cli", "train", DIGITS, f"data.root={root / 'data'}", f"run.dir={root / 'run'}"]
-    settings = ["data.label_set=null", "method.name=cross_entropy", "train.epochs=1", "track.enabled=false"]
-    run_tool(*command, *settings, "dist.device=cpu")
+    shutil.copytree(digits, root / "data")
+    settings = ["data.label_set=null", "method.name=cross_entropy", "train.epochs=1"]
+    assert run_job(root / "run", f"data.root={root / 'data'}", *settings) == [0]
     return root
 
 
