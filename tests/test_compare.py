@@ -24,7 +24,7 @@ from tests.mlflow_server import client
 
 METHODS = ("cross_entropy", "mixup")
 SETTINGS = (
-    "train.epochs=10",
+    "train.epochs=4",
     "train.batch_size=16",
     "dist.device=cpu",
     "--methods=cross_entropy,mixup",
@@ -65,9 +65,9 @@ def test_stopped_it_goes_on_with_what_is_missing_and_compares_all(digits: Path, 
     assert [values["method"] for values in rows] == list(METHODS)
     for values in rows:
         epochs = [line["accuracy"] for line in lines(root / f"{values['method']}-0") if line["kind"] == "epoch"]
-        assert len(epochs) == 10
+        assert len(epochs) == 4
         assert (values["seeds"], values["last_deviation"]) == ([0], None)
-        assert values["last"] == pytest.approx(sum(epochs) / 10)
+        assert values["last"] == pytest.approx(sum(epochs) / 4)
     table = [line.split() for line in second.stdout.splitlines()[-2:]]
     assert [words[:2] for words in table] == [[name, "1"] for name in METHODS]
     assert (root / "accuracy.png").read_bytes().startswith(b"\x89PNG")

@@ -45,23 +45,23 @@ def done(tmp_path: Path, *arguments: object) -> str:
     return ended.stdout
 
 
-def train(digits: Path, run_dir: Path, *settings: str) -> Path:
-    arguments = (f"data.root={digits}", "train.epochs=2", "method.dividemix.warmup_epochs=1", *settings)
+def train(few_digits: Path, run_dir: Path, *settings: str) -> Path:
+    arguments = (f"data.root={few_digits}", "train.epochs=2", "method.dividemix.warmup_epochs=1", *settings)
     assert run_job(run_dir, *arguments) == [0]
     return run_dir
 
 
 @pytest.fixture(scope="module")
-def run_dir(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_dir(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two networks of our own."""
-    return train(digits, tmp_path_factory.mktemp("export") / "run")
+    return train(few_digits, tmp_path_factory.mktemp("export") / "run")
 
 
 @pytest.fixture(scope="module")
-def timm_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def timm_run(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one network of timm's."""
     settings = ("method.name=cross_entropy", "model.name=resnet10t", "train.epochs=1", "optim.schedule=step")
-    return train(digits, tmp_path_factory.mktemp("export") / "timm", *settings)
+    return train(few_digits, tmp_path_factory.mktemp("export") / "timm", *settings)
 
 
 @pytest.fixture
@@ -212,13 +212,15 @@ def test_mlflow_serves_it(ask: Callable[[Any], tuple[int, Any]], run_dir: Path, 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # MLflow's, of its own code
 @pytest.mark.parametrize("store", ["file", "server"])
 def test_the_model_is_in_the_run_of_the_training(
-    store: str, server: Server, digits: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: str, server: Server, few_digits: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = f"sqlite:///{tmp_path}/m.db"
     if store == "server":
         server.start()
         uri = server.uri
-    run_dir = train(digits, tmp_path / "run", "track.enabled=true", f"track.uri={uri}", "track.system_metrics=false")
+    run_dir = train(
+        few_digits, tmp_path / "run", "track.enabled=true", f"track.uri={uri}", "track.system_metrics=false"
+    )
     told = done(tmp_path, "export", run_dir, "--mlflow")
     run_id = json.loads((run_dir / ".mlflow.json").read_text())["run_id"]
     assert told.startswith(f"runs:/{run_id}/model ")

@@ -27,7 +27,7 @@ from tests.test_train import assert_same_weights, epoch_records
 
 SHORT = (
     "method.name=scanmix",
-    "train.epochs=3",
+    "train.epochs=2",
     "method.dividemix.warmup_epochs=1",
     "train.checkpoint_every_steps=5",
     "train.eval_batch_size=128",

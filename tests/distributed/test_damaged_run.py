@@ -9,13 +9,13 @@ import torch
 from tests.dist.test_damage import cut, flip, lose
 from tests.jobs import output, run_job
 
-SHORT = ("method.name=cross_entropy", "train.epochs=2", "train.checkpoint_every_steps=3")
+SHORT = ("method.name=cross_entropy", "train.epochs=2", "train.batch_size=32", "train.checkpoint_every_steps=3")
 
 
 @pytest.fixture(scope="module")
-def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("damaged") / "whole"
-    assert run_job(run_dir, f"data.root={digits}", *SHORT, world_size=2) == [0, 0]
+    assert run_job(run_dir, f"data.root={few_digits}", *SHORT, world_size=2) == [0, 0]
     return run_dir
 
 
@@ -29,10 +29,10 @@ def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_run_goes_on_from_the_newest_whole_checkpoint(
-    file: str, harm: Callable[[Path], None], told: str, whole: Path, digits: Path, tmp_path: Path
+    file: str, harm: Callable[[Path], None], told: str, whole: Path, few_digits: Path, tmp_path: Path
 ) -> None:
-    settings, run_dir = (f"data.root={digits}", *SHORT), tmp_path / "run"
-    assert run_job(run_dir, *settings, world_size=2, kill=(0, 11))[0] == -9
+    settings, run_dir = (f"data.root={few_digits}", *SHORT), tmp_path / "run"
+    assert run_job(run_dir, *settings, world_size=2, kill=(0, 8))[0] == -9
     older, newest = sorted(run_dir.glob("checkpoints/e*"))
     harm(newest / file)
     assert run_job(run_dir, *settings, world_size=2) == [0, 0]

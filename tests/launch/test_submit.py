@@ -27,7 +27,10 @@ from tests.test_train import assert_same_weights, epoch_records
 DIGITS = REPOSITORY / "tests" / "digits.yaml"
 Start = Callable[[Path], Command]
 GOLDEN = Path(__file__).with_name("sbatch.golden")
-SHORT = ("train.epochs=3", "method.dividemix.warmup_epochs=1", "dist.device=cpu", "train.checkpoint_every_steps=5")
+SHORT = (
+    *("train.epochs=3", "method.dividemix.warmup_epochs=1", "dist.device=cpu"),
+    *("train.batch_size=32", "train.checkpoint_every_steps=3"),
+)
 
 
 @pytest.fixture
@@ -151,12 +154,12 @@ def test_wrong_options_are_one_line_before_anything_starts(
 
 
 @pytest.fixture
-def start(digits: Path) -> Iterator[Start]:
+def start(few_digits: Path) -> Iterator[Start]:
     """Starts two local ranks through the launcher, in a session of their own; ends what a failed test has left."""
     jobs: list[Command] = []
 
     def begin(run_dir: Path) -> Command:
-        settings = (f"data.root={digits}", f"run.dir={run_dir}", "track.every_seconds=0.001", "track.enabled=false")
+        settings = (f"data.root={few_digits}", f"run.dir={run_dir}", "track.every_seconds=0.001", "track.enabled=false")
         options = ("--cluster=local", "--tasks-per-node=2", "--wait")
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         jobs.append(Command(main, [DIGITS, *settings, *SHORT, *options], run_dir.parent, env))
@@ -181,9 +184,9 @@ def wait_for_step(run_dir: Path, num_steps: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert run_job(run_dir, f"data.root={digits}", *SHORT, world_size=2) == [0, 0]
+    assert run_job(run_dir, f"data.root={few_digits}", *SHORT, world_size=2) == [0, 0]
     return run_dir
 
 

@@ -73,8 +73,10 @@ def test_a_dry_run_tells_its_phases_and_its_state(name: str, digits: Path, capsy
     assert told.count("phase ") == {"pencil": 3, "forward": 2, "m_correction": 2}.get(name, 1)
 
 
-def test_two_networks_in_one_step_learn_under_deepspeed_what_they_learn_under_ddp(digits: Path, tmp_path: Path) -> None:
-    arguments = (f"data.root={digits}", *RUNS["co_teaching_plus"], "train.epochs=2", "train.batch_size=128")
+def test_two_networks_in_one_step_learn_under_deepspeed_what_they_learn_under_ddp(
+    few_digits: Path, tmp_path: Path
+) -> None:
+    arguments = (f"data.root={few_digits}", *RUNS["co_teaching_plus"], "train.epochs=2", "train.batch_size=64")
     zero = ("engine.name=deepspeed", "engine.zero_stage=1")
     assert run_job(tmp_path / "ddp", *arguments, world_size=2) == [0, 0]
     assert run_job(tmp_path / "zero", *arguments, *zero, world_size=2) == [0, 0]

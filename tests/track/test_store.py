@@ -146,6 +146,7 @@ def test_a_store_of_an_older_mlflow_is_copied_before_it_is_migrated(
     assert sorted(os.listdir(folder)) == ["a", "b", "mlflow.db", copy.name]
 
 
+@pytest.mark.parametrize("old_store", OLD_REVISIONS[1:], indirect=True)
 def test_sync_tells_of_it_too(old_store: tuple[Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tracker = make_tracker(tmp_path / "a", f"sqlite:///{tmp_path}/mlflow.db")
     tracker.end("FINISHED")
