@@ -26,7 +26,6 @@ from nldist.errors import UserError, main_guard
 
 HERE = Path(__file__).parent
 Results = dict[str, Any]
-NAMES = {"reference": "ours, as research code"}
 
 
 @dataclass(frozen=True)
@@ -99,15 +98,13 @@ def two_ranks(results: Results) -> Iterator[Row]:
 
 def dividemix_step(results: Results) -> Iterator[Row]:
     """CPU seconds."""
-    limit = "oneDNN's convolutions"
+    limit, ours = "oneDNN's convolutions", "ours, as research code"
     for what in ("steps", "epochs"):
-        sides = results[what]
-        for reference in ("0.1", "reference"):
-            ratio = sides[reference]["times_now_cpu"]
-            yield Row(f"DivideMix, {what}", "float32", NAMES.get(reference, f"nldist {reference}"), ratio, limit)
-    sides = results["steps"]
-    in_bf16 = sides["reference"]["times_now_cpu"] / sides["now bf16"]["times_now_cpu"]
-    yield Row("DivideMix, steps", "bf16", NAMES["reference"] + ", float32", in_bf16, "bf16 units, or none; batch norm")
+        for side, name in (("0.1", "nldist 0.1"), ("reference", ours)):
+            yield Row(f"DivideMix, {what}", "float32", name, results[what][side]["times_now_cpu"], limit)
+    steps = results["steps"]
+    in_bf16 = steps["reference"]["times_now_cpu"] / steps["now bf16"]["times_now_cpu"]
+    yield Row("DivideMix, steps", "bf16", f"{ours}, float32", in_bf16, "bf16 units, or none; batch norm")
 
 
 def shard(results: Results) -> Iterator[Row]:

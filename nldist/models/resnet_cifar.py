@@ -18,8 +18,8 @@ STAGE_WIDTHS = (64, 128, 256, 512)
 class _Conv2d(nn.Conv2d):
     """A convolution without a bias.
 
-    Of small maps of many channels oneDNN's float32 kernels for its own layout, which plain tensors get, are 1.6 times
-    as fast as those for channels last (benchmarks/README.md).
+    Of small maps of many channels oneDNN's float32 kernels for its own layout, which plain tensors get, are faster than
+    those for channels last (benchmarks/dividemix_step.py measures whole steps).
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """A step of DivideMix and one of ScanMix against benchmarks/reference, on the same weights, views and targets."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,17 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def assert_same_step(
+    found: Mapping[str, Tensor], terms: Mapping[str, Tensor], gradients: Mapping[str, Tensor], net: TwoHeads
+) -> None:
+    """The terms of a step and its gradients are those of the reference, `terms` and the gradients in `net`."""
+    for name, term in terms.items():
+        assert_alike(found[name], term.detach())
+    assert {name for name, p in net.named_parameters() if p.grad is not None} == set(gradients)
+    for name, gradient in gradients.items():
+        assert_alike(gradient, net.get_parameter(name).grad)
+
+
 @DTYPES
 def test_dividemixs_step(dtype: torch.dtype, digits: Path) -> None:
     method = method_in(dtype, digits)
@@ -85,12 +97,7 @@ def test_dividemixs_step(dtype: torch.dtype, digits: Path) -> None:
     (terms["loss_x"] + task._lambda_u(0) * terms["loss_u"] + terms["prior"]).backward()  # type: ignore[no-untyped-call]
 
     gradients = gradients_of(own)
-    found = task.step(batches, 0)
-    for name, term in terms.items():
-        assert_alike(found[name], term.detach())
-    assert {name for name, p in net.named_parameters() if p.grad is not None} == set(gradients)
-    for name, gradient in gradients.items():
-        assert_alike(gradient, net.get_parameter(name).grad)
+    assert_same_step(task.step(batches, 0), terms, gradients, net)
     for name, buffer in net.named_buffers():
         assert_alike(own.get_buffer(name).to(dtype), buffer.to(dtype))
 
@@ -110,9 +117,4 @@ def test_scanmixs_clustering_step(dtype: torch.dtype, digits: Path) -> None:
     (terms["loss_agree"] + 5 * terms["loss_entropy"]).backward()  # type: ignore[no-untyped-call]
 
     gradients = gradients_of(own)
-    found = task.step(pairs, 0)
-    for name, term in terms.items():
-        assert_alike(found[name], term.detach())
-    assert {name for name, p in net.named_parameters() if p.grad is not None} == set(gradients)
-    for name, gradient in gradients.items():
-        assert_alike(gradient, net.get_parameter(name).grad)
+    assert_same_step(task.step(pairs, 0), terms, gradients, net)
