@@ -44,11 +44,11 @@ def _jobs(split: str, num_samples: int) -> Iterator[tuple[str, range]]:
 
 
 def factory(num_samples: int) -> str:
-    """An inverted file of 1.5 sqrt(N) lists, so that training it does not grow worse than N; a graph finds the lists.
+    """An inverted file with 256 samples in a list, whatever their number: search and training are proportional to it.
 
-    Half a byte per number: candidates are scored again with the vectors themselves.
+    A graph finds the lists. Half a byte per number: candidates are scored again with the vectors themselves.
     """
-    return f"IVF{max(16, int(1.5 * num_samples**0.5))}_HNSW32,SQ4"
+    return f"IVF{max(16, num_samples // 256)}_HNSW32,SQ4"
 
 
 def write_tar(folder: Path, job: tuple[str, range]) -> None:

@@ -5,6 +5,7 @@ score, ascending id). Ids count the vectors in rank order (docs/scanmix.md, "At 
 """
 
 from itertools import pairwise
+from typing import Any
 
 import faiss
 import numpy as np
@@ -21,7 +22,9 @@ _BLOCK = 8_192
 _MAX_LENGTH = 1e18
 _ENTRY = np.dtype([("score", np.float64), ("id", np.int64)])
 # Training vectors at most, and for each inverted list where that is more (FAISS wants 39 at least).
-_TRAINING_SIZE, _PER_LIST = 65_536, 64
+_TRAINING_SIZE, _PER_LIST = 65_536, 40
+# Of more lists than this FAISS's k-means, whose time grows with their square, would take longer than the search.
+_ONE_LEVEL = 1024
 
 
 class ShardedIndex:
@@ -199,6 +202,7 @@ def _train(index: faiss.Index, vectors: np.ndarray, world: World, factory: str, 
     trained, problem = None, None
     if world.is_main:
         try:
+            _place_lists(index, sample)
             index.train(sample)
             trained = faiss.serialize_index(index)
         except RuntimeError as error:
@@ -207,6 +211,42 @@ def _train(index: faiss.Index, vectors: np.ndarray, world: World, factory: str, 
     if trained is None:
         raise UserError(f"the index {factory!r} cannot be trained: {problem}; choose a smaller one, or Flat")
     return trained
+
+
+def _place_lists(index: faiss.Index, sample: np.ndarray) -> None:
+    """Give many inverted lists their centres, by k-means of k-means; few ones, `index.train` does itself."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        chain: Any = index.chain  # a C++ vector, which FAISS's types call a list
+        for number in range(chain.size()):
+            transform = faiss.downcast_VectorTransform(chain.at(number))
+            transform.train(sample)
+            sample = transform.apply(sample)
+        _place_lists(index.index, sample)
+    elif isinstance(index, faiss.IndexIVF) and index.nlist > _ONE_LEVEL:
+        centres = _centres(index, sample)
+        index.quantizer.train(centres)
+        index.quantizer.add(centres)
+
+
+def _centres(index: Any, sample: np.ndarray) -> np.ndarray:
+    """The centres (lists, d) of clusters of the clusters of `sample` (m, d), as many of each as it has vectors.
+
+    `faiss.contrib.clustering.two_level_clustering` does the same, and fails where a cluster is too small to have one.
+    """
+
+    def clusters(of: np.ndarray, num: int) -> Any:
+        settings = {"niter": index.cp.niter, "spherical": index.cp.spherical, "seed": index.cp.seed}
+        means = faiss.Kmeans(of.shape[1], num, min_points_per_centroid=1, **settings)
+        means.train(of)
+        return means
+
+    coarse = clusters(sample, int(index.nlist**0.5))
+    _, member = coarse.assign(sample)
+    ends = np.cumsum(np.bincount(member, minlength=coarse.k)) * index.nlist // len(sample)
+    shares = np.diff(ends, prepend=0)
+    parts = [clusters(sample[member == one], int(shares[one])).centroids for one in np.flatnonzero(shares)]
+    return np.concatenate(parts)
 
 
 def _training_sample(index: faiss.Index, vectors: np.ndarray, world: World, seed: int) -> np.ndarray:

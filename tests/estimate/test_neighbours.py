@@ -9,6 +9,7 @@ import torch
 
 from nldist.dist.world import World
 from nldist.errors import UserError
+from nldist.estimate import neighbours
 from nldist.estimate.graph import GraphFile, neighbours_of, normalise, open_graph, purity
 from nldist.estimate.neighbours import ShardedIndex
 from nldist.estimate.shard import dots
@@ -116,6 +117,29 @@ def test_probing_every_list_is_exact() -> None:
     np.testing.assert_array_equal(every.search(vectors[:200], 21)[1], expected)
     few = ShardedIndex.build(vectors, WORLD, factory="IVF16,Flat", num_probe=1)
     assert 0.7 < recall(few.search(vectors[:200], 21)[1], expected) < 1
+
+
+@pytest.mark.parametrize("factory", ["IVF1600,Flat", "IVF1600_HNSW32,SQ8", "PCA8,IVF1600,Flat"])
+def test_many_lists_are_placed_as_well_as_by_one_k_means(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = clustered(16_000, 16)
+    _, expected = ShardedIndex.build(vectors, WORLD).search(vectors[:300], 11)
+
+    def found() -> float:
+        index = ShardedIndex.build(vectors, WORLD, factory=factory, num_probe=8)
+        return recall(index.search(vectors[:300], 11)[1], expected)
+
+    by_two_levels = found()
+    monkeypatch.setattr(neighbours, "_ONE_LEVEL", 1600)
+    assert found() - 0.02 < by_two_levels < 1
+
+
+def test_many_lists_are_placed_where_most_vectors_are_the_same() -> None:
+    """Some clusters are too small for a list of their own, which FAISS's clustering in two levels refuses."""
+    vectors = np.concatenate([np.tile(clustered(1, 8), (4000, 1)), clustered(10, 8)])
+    empty = faiss.index_factory(8, "IVF1100,Flat", faiss.METRIC_INNER_PRODUCT)
+    trained = faiss.deserialize_index(neighbours._train(empty, vectors, WORLD, "IVF1100,Flat", 0))
+    assert trained.is_trained
+    assert faiss.extract_index_ivf(trained).quantizer.ntotal == 1100
 
 
 @pytest.mark.parametrize("factory", ["PQ4x4", "PCA6,Flat", "IVF8,PQ4x4", "SQ4"])
