@@ -44,12 +44,12 @@ QUICK = ("co_teaching_plus", "pencil")
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in JOBS])
 def test_it_learns_and_killed_in_the_middle_of_an_epoch_it_ends_with_the_same(
-    name: str, digits: Path, tmp_path: Path
+    name: str, few_digits: Path, tmp_path: Path
 ) -> None:
-    arguments = (*settings(name, digits), "train.checkpoint_every_steps=7")
+    arguments = (*settings(name, few_digits), "train.batch_size=16", "train.checkpoint_every_steps=7")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run_job(whole, *arguments, world_size=2) == [0, 0]
-    step = 23 * 4 + 15  # in the epoch in which most have just begun their second phase
+    step = 15 * 4 + 10  # in the epoch in which most have just begun their second phase
     assert run_job(cut, *arguments, world_size=2, kill=(1, step))[1] == -9
     assert run_job(cut, *arguments, world_size=2) == [0, 0]
     assert "resumed from" in output(cut)
@@ -59,8 +59,8 @@ def test_it_learns_and_killed_in_the_middle_of_an_epoch_it_ends_with_the_same(
     for file, values in columns(whole).items():
         np.testing.assert_array_equal(found[file], values, err_msg=file)
     summary = json.loads((whole / "summary.json").read_text())
-    assert summary["accuracy"]["final"] > 70, "half of the labels are wrong"
-    assert summary["split"]["auc"] > 0.75
+    assert summary["accuracy"]["final"] > 40, "half of the labels of 479 images are wrong"
+    assert summary["split"]["auc"] > 0.7
     clean = pq.read_table(whole / "tables" / "samples.parquet")["clean_probability"].to_numpy()
     assert ((clean >= 0) & (clean <= 1)).all()
 

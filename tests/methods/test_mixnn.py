@@ -441,8 +441,8 @@ def test_killed_and_resumed_it_ends_the_same_and_better_than_the_labels(
     assert (samples["suggested"].to_numpy() == context.clean).mean() > (context.labels == context.clean).mean() + 0.25
 
 
-def test_it_trains_on_deepspeed(digits: Path, tmp_path: Path) -> None:
-    arguments = [f"data.root={digits}", *SETTINGS, *DATA_SET, "train.epochs=5", "engine.name=deepspeed"]
+def test_it_trains_on_deepspeed(few_digits: Path, tmp_path: Path) -> None:
+    arguments = [f"data.root={few_digits}", *SETTINGS, *DATA_SET, "train.epochs=5", "engine.name=deepspeed"]
     assert run_job(tmp_path / "run", *arguments, "engine.zero_stage=1", world_size=2) == [0, 0]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["accuracy"]["best"] > 30
 

@@ -155,11 +155,11 @@ def test_views_that_a_step_needs_are_asked_for_before_it(digits: Path) -> None:
         load_config(DIGITS, ["method.ssl=sanm", "method.name=mixup"])
 
 
-def test_killed_within_an_epoch_and_resumed_it_ends_with_the_same_weights(digits: Path, tmp_path: Path) -> None:
-    arguments = (f"data.root={digits}", *SHORT)
+def test_killed_within_an_epoch_and_resumed_it_ends_with_the_same_weights(few_digits: Path, tmp_path: Path) -> None:
+    arguments = (f"data.root={few_digits}", *SHORT, "train.checkpoint_every_steps=3")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run_job(whole, *arguments, world_size=2) == [0, 0]
-    assert run_job(cut, *arguments, world_size=2, kill=(1, 105))[1] == -9
+    assert run_job(cut, *arguments, world_size=2, kill=(1, 36))[1] == -9
     assert run_job(cut, *arguments, world_size=2) == [0, 0]
     assert "resumed from e0002" in output(cut)
     assert_same_weights(whole, cut)
@@ -179,8 +179,8 @@ def test_the_reconstruction_is_the_mean_square_over_both_copies(digits: Path) ->
     assert F.mse_loss(peaks, whole) > 0
 
 
-def test_deepspeed_trains_the_decoder_too(digits: Path, tmp_path: Path) -> None:
-    arguments = (f"data.root={digits}", *SHORT, "engine.name=deepspeed", "engine.zero_stage=1", "train.batch_size=128")
+def test_deepspeed_trains_the_decoder_too(few_digits: Path, tmp_path: Path) -> None:
+    arguments = (f"data.root={few_digits}", *SHORT, "engine.name=deepspeed", "engine.zero_stage=1")
     assert run_job(tmp_path / "run", *arguments, world_size=2) == [0, 0]
     losses = [record["net1/loss_rec"] for record in epoch_records(tmp_path / "run") if "net1/loss_rec" in record]
     assert len(losses) == 1
