@@ -2,6 +2,8 @@
 
 import ast
 import json
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -49,11 +51,11 @@ import torchvision.io
 tensor = torch.frombuffer(bytearray(data.getvalue()), dtype=torch.uint8)
 print(torch.equal(pixels, torch.ops.image.decode_image(tensor, torchvision.io.ImageReadMode.RGB.value, True)))
 """
-# Trains with argv[2:], and says which of the modules argv[1] are there then.
-TRAIN = """
+# The command argv[2:], and which of the modules argv[1] are there then.
+COMMAND = """
 import sys
 from nldist.cli import main
-assert main(["train", *sys.argv[2:]]) == 0
+assert main(sys.argv[2:]) == 0
 print([name for name in sys.argv[1].split(",") if name in sys.modules])
 """
 SEARCHING = ("scanmix", "mixnn")
@@ -99,7 +101,30 @@ def test_the_decoder_comes_without_torchvision_and_is_the_same() -> None:
 def test_a_rank_that_trains_does_without_the_compiler(digits: Path, tmp_path: Path) -> None:
     settings = [f"data.root={digits}", f"run.dir={tmp_path / 'run'}", "train.epochs=1", "track.enabled=false"]
     settings += ["method.name=cross_entropy", "dist.device=cpu"]
-    found = ast.literal_eval(run(TRAIN, ",".join(SLOW), DIGITS, *settings).splitlines()[-1])
+    found = ast.literal_eval(run(COMMAND, ",".join(SLOW), "train", DIGITS, *settings).splitlines()[-1])
     # What it draws and writes at the end.
     assert set(found) <= {"matplotlib", "pandas"}
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["split"]["auc"] > 0.5
+
+
+def test_ranks_that_only_look_do_without_what_ddp_needs(few_digits: Path, tmp_path: Path) -> None:
+    settings = [f"data.root={few_digits}", f"run.dir={tmp_path / 'run'}", "method.name=cross_entropy", "train.epochs=1"]
+    run(COMMAND, "", "train", DIGITS, *settings, "track.enabled=false", "dist.device=cpu")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    command = [sys.executable, "-c", COMMAND, ",".join(SLOW), "evaluate", str(tmp_path / "run")]
+    ranks = [
+        subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=os.environ | place | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    for rank in ranks:
+        told, _ = rank.communicate(timeout=120)
+        assert rank.returncode == 0
+        assert set(ast.literal_eval(told.splitlines()[-1])) <= {"matplotlib"}  # what is drawn

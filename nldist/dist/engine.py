@@ -177,13 +177,11 @@ class DDPEngine(Engine):
     ) -> None:
         super().__init__(model, config, world, recipe)
         self._precise: nn.Module = Precise(self.model, self._precision)
-        if world.size > 1:
-            self._precise = self._wrap(partly)
         self._optimizer = build_optimizer(self.model, self._optim)
-        self._settled = partly  # then DDP never regroups its buckets
+        self._partly = partly
         self._gradient_bytes = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
 
-    def _wrap(self, partly: bool) -> nn.Module:
+    def _wrapped(self) -> nn.Module:
         with warnings.catch_warnings():
             # torch 2.15 renames broadcast_buffers, in a version newer than the oldest that we support.
             warnings.simplefilter("ignore", FutureWarning)
@@ -192,16 +190,19 @@ class DDPEngine(Engine):
                 device_ids=[self._world.device] if self._world.device.type == "cuda" else None,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
-                find_unused_parameters=partly,
+                find_unused_parameters=self._partly,
             )
 
     def _forward(self, calls: Sequence[Call], backbone: Backbone, last: bool) -> Sequence[Tensor]:
         sync: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if isinstance(self._precise, DistributedDataParallel):
-            if not self._settled:
+        # Wrapped by the first step: DDP imports torch._dynamo, seconds and 150 MB that a rank which only looks at
+        # images does without.
+        if self._world.size > 1 and not isinstance(self._precise, DistributedDataParallel):
+            self._precise = self._wrapped()
+            if not self._partly:  # then DDP never regroups its buckets
                 self._settle(calls)
-            if not last:
-                sync = self._precise.no_sync()
+        if isinstance(self._precise, DistributedDataParallel) and not last:
+            sync = self._precise.no_sync()
         with sync:
             outputs: Sequence[Tensor] = self._precise(*calls, backbone=backbone)
         return outputs
@@ -220,7 +221,6 @@ class DDPEngine(Engine):
         self._optimizer.zero_grad()
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
-        self._settled = True
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
