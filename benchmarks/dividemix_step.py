@@ -13,7 +13,9 @@ passes, for which half of the images is then labelled on every side.
     now          the present one
     0.1 bf16, now bf16      the same with train.autocast=bf16
 
-CPU seconds say more than seconds on a busy machine. Leaves benchmarks/results/dividemix-step-DATE.json.
+CPU seconds say more than seconds on a busy machine. What the float32 step's products and convolutions come to is set
+against the rate of one large matrix product, which no side can exceed. Leaves
+benchmarks/results/dividemix-step-DATE.json.
 """
 
 import argparse
@@ -21,12 +23,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import record
+import torch
 from PIL import Image
 from small_images import make_images
 from start import BEFORE, REPOSITORY, checkout
@@ -86,10 +90,12 @@ def main() -> None:
             steps = measured(sides, "step", options.turns)
             precise = {name: side for name, side in sides.items() if "bf16" not in name}
             epochs = measured(precise, "epoch", options.epochs) if options.epochs else {}
+            operations, _ = sides["now"].time("operations")
         finally:
             for side in sides.values():
                 side.end()
     found = {"steps": summary(steps), "epochs": summary(epochs)}
+    found |= limit(operations, found["steps"])
     facts = {"num_images": options.num_images, **found, "seconds_and_cpu_seconds": {"step": steps, "epoch": epochs}}
     print(f"recorded in {record.write('dividemix-step', ['torch', 'torchvision', 'scikit-learn'], facts)}")
 
@@ -128,6 +134,20 @@ def summary(times: Times) -> dict[str, Any]:
         found[name] = {"seconds": wall, "cpu_seconds": cpu, "times_now": in_wall, "times_now_cpu": in_cpu}
         print(f"{name:10} {wall:7.2f} s, CPU {cpu:7.2f} s: {in_wall:.2f} times now's, CPU {in_cpu:.2f}")
     return found
+
+
+def limit(operations: float, steps: dict[str, Any]) -> dict[str, Any]:
+    """What every step must compute, as 1e9 operations, and each side's rate as a share of a large matrix product's."""
+    left, right = torch.randn(2, 2048, 2048)
+    times = []
+    for _ in range(9):
+        began = time.process_time()
+        left @ right
+        times.append(time.process_time() - began)
+    rate = 2 * 2048**3 / median(times)
+    shares = {name: operations / row["cpu_seconds"] / rate for name, row in steps.items() if "bf16" not in name}
+    print(f"a step: {operations / 1e9:.0f} GFLOP; matrix product {rate / 1e9:.0f} GFLOP/s; shares {shares}")
+    return {"gflop_of_a_step": operations / 1e9, "gflop_per_second_of_a_product": rate / 1e9, "shares_of_it": shares}
 
 
 if __name__ == "__main__":

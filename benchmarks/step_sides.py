@@ -2,7 +2,7 @@
 
 KIND: nldist (of the work tree TREE), released (the authors' script, in the folder TREE) or reference
 (benchmarks/reference). For each line "step" or "epoch" on the standard input it does one and prints its seconds and CPU
-seconds.
+seconds; for "operations" a step, and how many operations its products and convolutions are.
 """
 
 import ast
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 HALF, EPOCH = 64, 12
 Work = dict[str, Callable[[], object]]
@@ -29,6 +30,11 @@ def main() -> None:
     np.random.seed(0)
     work = {"nldist": nldist, "released": released, "reference": reference}[kind](tree, data, autocast)
     for line in sys.stdin:
+        if line.strip() == "operations":
+            with FlopCounterMode(display=False) as counter:
+                work["step"]()
+            print(counter.get_total_flops(), 0, file=sys.__stdout__, flush=True)
+            continue
         wall, cpu = time.perf_counter(), time.process_time()
         work[line.strip()]()
         print(time.perf_counter() - wall, time.process_time() - cpu, file=sys.__stdout__, flush=True)
