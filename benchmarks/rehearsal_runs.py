@@ -102,7 +102,10 @@ class Runs:
 
     def _state(self, run_dir: Path) -> Row:
         """What the newest checkpoint below a run's directory has of each sample."""
-        tables = max(run_dir.glob("**/checkpoints/e*/tables"), key=lambda path: path.stat().st_mtime)
+        every = run_dir.glob("**/checkpoints/e*/tables")
+        tables = max(every, key=lambda path: path.stat().st_mtime, default=None)
+        if tables is None:  # of few images the work is done before it can be stopped
+            return {"disk_bytes": bytes_below(run_dir)}
         sizes = {file.name: file.stat().st_size - 128 for file in tables.iterdir()}  # .npy's header
         wide = sum(size for size in sizes.values() if size > self._num / 2 * NUM_CLASSES)
         return {
