@@ -44,7 +44,7 @@ def _jobs(split: str, num_samples: int) -> Iterator[tuple[str, range]]:
 
 
 def factory(num_samples: int) -> str:
-    """An inverted file with 256 samples in a list, whatever their number: search and training are proportional to it.
+    """An inverted file with 256 samples in a list, so that the time of a search does not grow worse than N.
 
     A graph finds the lists. Half a byte per number: candidates are scored again with the vectors themselves.
     """

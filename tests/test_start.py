@@ -3,7 +3,6 @@
 import ast
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -13,6 +12,7 @@ from nldist.cli import COMMANDS
 from nldist.methods.build import METHODS, method_class
 from tests.conftest import REPOSITORY
 from tests.jobs import DIGITS
+from tests.ranks import free_port
 
 # Takes seconds to import and is used at some places only. Those import it when they get there.
 SLOW = (
@@ -110,9 +110,7 @@ def test_a_rank_that_trains_does_without_the_compiler(digits: Path, tmp_path: Pa
 def test_ranks_that_only_look_do_without_what_ddp_needs(few_digits: Path, tmp_path: Path) -> None:
     settings = [f"data.root={few_digits}", f"run.dir={tmp_path / 'run'}", "method.name=cross_entropy", "train.epochs=1"]
     run(COMMAND, "", "train", DIGITS, *settings, "track.enabled=false", "dist.device=cpu")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", COMMAND, ",".join(SLOW), "evaluate", str(tmp_path / "run")]
     ranks = [
         subprocess.Popen(
