@@ -9,7 +9,7 @@ own, which reads all of them in batches of 128 in a shuffled order, without work
     now       the present one
     kept      the present one with data.decoded_cache_gib, whose file an epoch before has filled
     first     the epoch that fills it
-    bare      reading and decoding alone, in the order of the shards
+    bare      reading and decoding alone (torchvision), in the order of the shards
 
 CPU seconds of the process while it streams. Leaves benchmarks/results/small-images-DATE.json.
 """
@@ -32,15 +32,17 @@ from start import checkout
 from nldist.data.make.sources.folder import FolderSource
 from nldist.data.make.writer import WriteOptions, write_split
 
-BEFORE, REPOSITORY = "c551f53", Path(__file__).parent.parent
+BEFORE, REPOSITORY = "c551f53", Path(__file__).resolve().parent.parent
 PROGRAM = """
 import sys, time
 from pathlib import Path
 import torch
+import nldist
 from nldist.data.index import Index
 from nldist.data.plan import shuffled
 from nldist.data.stream import Stream
 
+assert Path(nldist.__file__).parent.parent == Path.cwd(), nldist.__file__
 torch.set_num_threads(1)
 what, root, folder = sys.argv[1], *map(Path, sys.argv[2:])
 index, settings = Index.open(root, "train"), {}
@@ -48,13 +50,14 @@ plan = shuffled(len(index), rank=0, size=1, batch_size=128, seed=0, epoch=0, win
 if what in ("kept", "first"):
     from nldist.data.decoded import decoded_cache
     settings["decoded"] = decoded_cache(index, 512, folder, 2**30)
+if what == "bare":
+    import os, torchvision.io
 begin = time.process_time()
 if what == "bare":
-    import os
-    from nldist.data.decode import decoded
     files = [os.open(path, os.O_RDONLY) for path in index.shards]
     for shard, offset, size in zip(index.shard.tolist(), index.offset.tolist(), index.size.tolist()):
-        decoded(bytearray(os.pread(files[shard], size, offset)))
+        data = torch.frombuffer(bytearray(os.pread(files[shard], size, offset)), dtype=torch.uint8)
+        torch.ops.image.decode_image(data, 3, True)
 else:
     assert sum(len(batches["all"].ids) for batches in Stream(index, None, plan, **settings)) == len(index)
 print(len(index) / (time.process_time() - begin))
@@ -78,8 +81,10 @@ def make_images(folder: Path, num_images: int) -> None:
 def rate(tree: Path, what: str, root: Path, folder: Path) -> float:
     """Images per CPU second of one process that runs the code in `tree`."""
     command = [sys.executable, "-c", PROGRAM, what, str(root), str(folder)]
+    # Of the work tree: python -c looks for modules in its working directory first.
     environment = os.environ | {"PYTHONPATH": str(tree)}
-    return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    done = subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True, text=True)
+    return float(done.stdout)
 
 
 def main() -> None:

@@ -44,8 +44,8 @@ import io, sys, torch
 from PIL import Image
 from nldist.data.decode import decoded
 data = io.BytesIO()
-Image.linear_gradient("L").save(data, "JPEG")
-pixels = decoded(bytearray(data.getvalue()))
+Image.linear_gradient("L").save(data, "PNG")
+pixels = torch.from_numpy(decoded(data.getvalue())).permute(2, 0, 1)
 print("torchvision" in sys.modules)
 import torchvision.io
 tensor = torch.frombuffer(bytearray(data.getvalue()), dtype=torch.uint8)

@@ -156,7 +156,8 @@ def _place(index: Index, max_side: int) -> int:
 
 def _key(index: Index, max_side: int) -> str:
     """Names what the pixels follow from: the files' bytes, their order, the reduction, the decoder."""
-    facts = [index.name, index.split, str(len(index)), str(max_side), importlib.metadata.version("torchvision")]
+    decoders = map(importlib.metadata.version, ("simplejpeg", "torchvision"))
+    facts = [index.name, index.split, str(len(index)), str(max_side), *decoders]
     digest = hashlib.sha256("\n".join(facts).encode())
     for column in (index.crc32, index.height, index.width):
         digest.update(np.ascontiguousarray(column).data)

@@ -15,7 +15,7 @@ from nldist.data.decode import DecodeError, decoded, reduced
 from nldist.data.make.images import BadImageError, Limits, normalise, plain_jpeg
 from nldist.data.make.keys import readable
 from nldist.data.make.sources.base import read_file
-from nldist.data.reader import Images, OnBad, parted, put, shrunk
+from nldist.data.reader import Images, OnBad, clear_beside, parted, shrunk
 
 _LIMITS = Limits()
 WHOLE = -1  # the size of what is a file of its own
@@ -106,7 +106,7 @@ class LooseReader:
         Raises:
             UserError: with on_bad="refuse", an image cannot be used.
         """
-        found: list[Tensor] = []
+        found: list[np.ndarray] = []
         reasons: dict[int, str] = {}
         for position, id_ in enumerate(ids.tolist()):
             place = self._images[id_]
@@ -135,7 +135,7 @@ class LooseReader:
         return os.pread(self._tar[1], place.size, place.offset)
 
 
-def image_of(raw: bytes, resize: int | None, max_side: int) -> Tensor:
+def image_of(raw: bytes, resize: int | None, max_side: int) -> np.ndarray:
     """The pixels of a file, uint8 (height, width, 3), as a run sees them that was given it in a shard.
 
     Args:
@@ -149,20 +149,21 @@ def image_of(raw: bytes, resize: int | None, max_side: int) -> Tensor:
     """
     if plain_jpeg(raw, _LIMITS, resize) is None:
         raw = normalise(raw, _LIMITS, resize).data
-    pixels = decoded(bytearray(raw)).permute(1, 2, 0)
+    pixels = decoded(raw)
     height, width = reduced(np.array([pixels.shape[:2]]), max_side)[0].tolist()
     return pixels if (height, width) == pixels.shape[:2] else shrunk(pixels, height, width)
 
 
 def packed(
-    images: Sequence[Tensor], allocate: Callable[[tuple[int, ...]], Tensor] | None = None
+    images: Sequence[np.ndarray], allocate: Callable[[tuple[int, ...]], Tensor] | None = None
 ) -> tuple[Tensor, np.ndarray]:
     """Images (h, w, 3) as the pixels and sizes of `Images`, in memory that `allocate` gives for a shape (uint8)."""
     sizes = np.array([image.shape[:2] for image in images], np.int64).reshape(-1, 2)
     shape = len(images), *(sizes.max(axis=0).tolist() if images else (1, 1)), 3
     pixels = allocate(shape) if allocate else torch.empty(shape, dtype=torch.uint8)
-    for position, image in enumerate(images):
-        put(image, pixels[position].numpy())
+    for place, image, (height, width) in zip(pixels.numpy(), images, sizes.tolist(), strict=True):
+        place[:height, :width] = image
+        clear_beside(place, height, width)
     return pixels, sizes
 
 

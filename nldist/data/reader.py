@@ -1,5 +1,6 @@
 """Images by id: positioned reads from the tars, decoding, and one padded batch of them."""
 
+import math
 import os
 import zlib
 from collections import OrderedDict
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nldist.data.cache import ShardCache
-from nldist.data.decode import DecodeError, decoded, reduced
+from nldist.data.decode import OFF_ALIGNMENT, DecodeError, decoded, reduced
 from nldist.data.decoded import DecodedCache
 from nldist.data.index import RECORD, Index
 from nldist.data.remote import is_url, without_secrets
@@ -87,7 +88,7 @@ class Reader:
         records = self.index.records[ids]
         sizes = reduced(np.stack([records["height"], records["width"]], axis=1).astype(np.int64), self.max_side)
         shape = len(ids), *(sizes.max(axis=0).tolist() if len(ids) else (1, 1)), 3
-        pixels = allocate(shape) if allocate else torch.empty(shape, dtype=torch.uint8)
+        pixels = (allocate or _empty)(shape)
         reasons = self._fill(ids, records, sizes, pixels)
         kept, bad = parted(len(ids), reasons, self.on_bad)
         if not bad:
@@ -97,42 +98,49 @@ class Reader:
 
     def _fill(self, ids: np.ndarray, records: np.ndarray, sizes: np.ndarray, pixels: Tensor) -> dict[int, str]:
         """Put the images of `ids` into a batch; what was wrong with those that could not be, by position."""
-        order = np.lexsort((records["offset"], records["shard"]))
+        reasons: dict[int, str] = {}
+        rows, missing = pixels.numpy(), np.arange(len(ids))
         if self._decoded is not None and len(ids):
-            order = order[~self._decoded.take(ids, sizes, pixels.numpy())[order]]
-        reasons, rows = {}, pixels.numpy()
+            missing = np.flatnonzero(~self._decoded.take(ids, sizes, rows))
+            if not len(missing):
+                return reasons
+        order = missing[np.lexsort((records["offset"][missing], records["shard"][missing]))]
+        most_height, most_width = rows.shape[1:3]
         for place, fields, size in zip(order.tolist(), records[order].tolist(), sizes[order].tolist(), strict=True):
-            row = Row(*fields)
+            row, (height, width) = Row(*fields), size
+            into = rows[place, :height] if width == most_width else None
             try:
-                image = self._image(row, *size)
+                image = self._image(row, height, width, into)
             except _BadRecordError as error:
                 reasons[place] = self._describe(int(ids[place]), row, error)
                 continue
-            put(image, rows[place])
+            if image is not into:
+                rows[place, :height, :width] = image
+            if height < most_height or width < most_width:
+                clear_beside(rows[place], height, width)
             if self._decoded is not None:
-                self._decoded.keep(int(ids[place]), image.numpy())
+                self._decoded.keep(int(ids[place]), image)
         return reasons
 
     def close(self) -> None:
         """Close the open shards."""
         self._shards.close()
 
-    def _image(self, row: Row, height: int, width: int) -> Tensor:
-        """One image, uint8 (height, width, 3)."""
+    def _image(self, row: Row, height: int, width: int, into: np.ndarray | None) -> np.ndarray:
+        """One image, uint8 (height, width, 3): `into` if it was decoded there."""
         data = self._shards.read(row.shard, row.offset, row.size)
         # First: damaged JPEGs mostly decode without an error, and damaged PNGs can crash torchvision's decoder.
         if zlib.crc32(data) != row.crc32:
             raise _BadRecordError("its bytes are not those that were indexed (CRC-32)")
+        indexed, size = (row.height, row.width), (height, width)
         try:
-            image = decoded(data)
+            image = decoded(data, into if indexed == size else None)
         except DecodeError as error:
             raise _BadRecordError(f"cannot be decoded ({error})") from error
-        found = tuple(image.shape[1:])
-        if found != (row.height, row.width):
-            indexed = (row.height, row.width)
+        found = image.shape[:2]
+        if found != indexed:
             raise _BadRecordError(f"is {found} pixels (height, width), the index says {indexed}")
-        pixels = image.permute(1, 2, 0)
-        return pixels if found == (height, width) else shrunk(pixels, height, width)
+        return image if found == size else shrunk(image, height, width)
 
     def _describe(self, id_: int, row: Row, reason: Exception) -> str:
         key = self.index.keys([id_])[0]
@@ -150,25 +158,21 @@ class _OpenShards:
     def __init__(self, index: Index, cache: ShardCache | None, num_open: int) -> None:
         self._index, self._cache, self._num_open = index, cache, num_open
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._data = bytearray()
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_files": OrderedDict(), "_data": bytearray()}
+        return self.__dict__ | {"_files": OrderedDict()}
 
-    def read(self, shard: int, offset: int, size: int) -> memoryview:
-        """The bytes of one record, valid until the next call."""
-        if len(self._data) < size:
-            self._data = bytearray(2 * size)
-        data, done = memoryview(self._data)[:size], 0
-        file = self._file(shard)
-        while done < size:
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """The bytes of one record."""
+        data, file = b"", self._file(shard)
+        while len(data) < size:
             try:
-                count = os.preadv(file, [data[done:]], offset + done)
+                more = os.pread(file, size - len(data), offset + len(data))
             except OSError as error:
                 raise _BadRecordError(f"cannot be read ({error.strerror})") from error
-            if count == 0:
+            if not more:
                 raise _BadRecordError("its shard ends before it: the shard was cut short")
-            done += count
+            data += more
         return data
 
     def close(self) -> None:
@@ -205,11 +209,16 @@ class _OpenShards:
             self._cache.closed(place, self._index.shard_digests[shard])
 
 
-def shrunk(pixels: Tensor, height: int, width: int) -> Tensor:
+def _empty(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(OFF_ALIGNMENT + math.prod(shape), dtype=torch.uint8)[OFF_ALIGNMENT:].view(shape)
+
+
+def shrunk(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 (H, W, 3) to (height, width, 3), bilinear, antialiased: bit for bit as torchvision's `resize`."""
-    batch = pixels[None].permute(0, 3, 1, 2)
+    batch = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     small = F.interpolate(batch, size=(height, width), mode="bilinear", align_corners=False, antialias=True)
-    return small[0].permute(1, 2, 0)
+    out: np.ndarray = small[0].permute(1, 2, 0).numpy()
+    return out
 
 
 def parted(num_wanted: int, reasons: Mapping[int, str], on_bad: OnBad) -> tuple[np.ndarray, list[str]]:
@@ -221,14 +230,10 @@ def parted(num_wanted: int, reasons: Mapping[int, str], on_bad: OnBad) -> tuple[
     bad = [reasons[place] for place in sorted(reasons)]
     if bad and on_bad == "refuse":
         raise UserError(f"{bad[0]}; repair it, or set data.on_bad=skip to leave such images out")
-    return np.setdiff1d(np.arange(num_wanted), list(reasons)), bad
+    return np.delete(np.arange(num_wanted), list(reasons)), bad
 
 
-def put(image: Tensor, pixels: np.ndarray) -> None:
-    """Copy an image into its place in the batch, and clear what it does not cover."""
-    height, width, _ = image.shape
-    pixels[:height, :width] = image.numpy()  # for small images half of the time that torch takes
-    if height < pixels.shape[0]:
-        pixels[height:] = 0
-    if width < pixels.shape[1]:
-        pixels[:height, width:] = 0
+def clear_beside(pixels: np.ndarray, height: int, width: int) -> None:
+    """Set what an image of this size, in the upper left corner of its place (H, W, 3), does not cover to zeros."""
+    pixels[height:] = 0
+    pixels[:height, width:] = 0

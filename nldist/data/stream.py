@@ -186,7 +186,7 @@ class Stream:
         return {role: self._batch(pixels, *load.facts[role], load.bad[role]) for role, pixels in load.pixels.items()}
 
     def _batch(self, pixels: Tensor, sizes: np.ndarray, part: Part, bad: list[str]) -> Batch:
-        facts = torch.from_numpy(np.stack([*sizes.T, *part, self._labels[part.ids].astype(np.int64)]))
+        facts = torch.from_numpy(np.array([*sizes.T, *part, self._labels[part.ids]], np.int64))
         if self.device.type == "cuda":
             facts = facts.pin_memory()
         pixels, facts = (tensor.to(self.device, non_blocking=True) for tensor in (pixels, facts))

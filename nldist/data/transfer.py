@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_HEADER = 64
+from nldist.data.decode import OFF_ALIGNMENT
+
+_HEADER = 64 + OFF_ALIGNMENT
 _MOST_BUFFERS = 16
 
 Key = tuple[str, int, int]

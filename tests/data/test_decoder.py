@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
+from nldist.data import decode
+from nldist.data.decode import decoded
 from nldist.data.index import Index
 from nldist.data.make import images as images_module
 from nldist.data.reader import Reader
@@ -101,15 +103,66 @@ IMAGES = {
 def by_torchvision(data: bytes) -> tuple[int, int] | None:
     """Height and width as torchvision decodes it, None if that is no single image."""
     try:
-        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, True)
+        return pixels_by_torchvision(data).shape[:2]  # type: ignore[return-value]
     except (RuntimeError, ValueError):
         return None
-    return None if image.ndim != 3 else (image.shape[1], image.shape[2])
+
+
+def pixels_by_torchvision(data: bytes) -> np.ndarray:
+    image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, True)
+    pixels: np.ndarray = image.permute(1, 2, 0).numpy()
+    return pixels
 
 
 def sizes(out: Path) -> dict[str, tuple[int, int]]:
     rows = pq.read_table(out / "train/index.parquet").to_pydict()
     return {key: size for key, *size in zip(rows["key"], rows["height"], rows["width"], strict=True)}  # type: ignore[misc]
+
+
+JPEGS = {name: data for name, data in IMAGES.items() if data[:2] == b"\xff\xd8" and by_torchvision(data)}
+JPEGS |= {f"orientation {number}": encode("JPEG", exif=turned(number)) for number in range(1, 9)}
+JPEGS |= {
+    "bytes between segments": JPEGS["jpeg"].replace(b"\xff\xdb", bytes(5) + b"\xff\xdb", 1),
+    "fill bytes": JPEGS["jpeg"].replace(b"\xff\xdb", 3 * b"\xff" + b"\xff\xdb", 1),
+    "a comment that looks like EXIF": encode("JPEG", comment=b"\xff\xe1\0\x08Exif\0\0"),
+    "its colours as they are": encode("JPEG", keep_rgb=True),
+    "marks to start again": encode("JPEG", restart_marker_rows=1),
+}
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_every_jpeg_has_the_pixels_that_torchvision_gives_it(name: str) -> None:
+    wanted = pixels_by_torchvision(JPEGS[name])
+    assert np.array_equal(decoded(JPEGS[name]), wanted)
+    into = np.full_like(wanted, 7)
+    assert np.array_equal(decoded(JPEGS[name], into), wanted)
+    for other in (into[1:], into[:, 1:].copy(), np.empty((*wanted.shape[:1], wanted.shape[1] + 1, 3), np.uint8)):
+        assert np.array_equal(decoded(JPEGS[name], other), wanted)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 300), (32, 32), (33, 47), (224, 224)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_so_it_is_for_every_size_quality_and_subsampling(size: tuple[int, int], mode: str) -> None:
+    image = Image.effect_noise(size, 80).convert(mode)
+    for quality in (10, 75, 100):
+        for subsampling in (0, 1, 2, "4:1:1"):
+            for progressive in (False, True):
+                data = encode("JPEG", image, quality=quality, subsampling=subsampling, progressive=progressive)
+                wanted = pixels_by_torchvision(data)
+                assert np.array_equal(decoded(data, np.empty_like(wanted)), wanted)
+
+
+def test_common_jpegs_are_decoded_where_they_belong_without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: bytes) -> np.ndarray:
+        raise AssertionError
+
+    monkeypatch.setattr(decode, "_by_torchvision", fail)
+    for name in ("jpeg", "progressive", "mpo", "marks to start again"):
+        into = np.empty((24, 40, 3), np.uint8)
+        assert decoded(JPEGS[name], into) is into
+    for name in ("cmyk", "turned-jpeg", "xmp-jpeg", "arithmetic"):
+        with pytest.raises(AssertionError):
+            decoded(JPEGS[name])
 
 
 def test_what_is_indexed_is_what_torchvision_decodes(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def _as_trained(raw: bytes) -> np.ndarray:
     from nldist.data.decode import DecodeError, decoded  # torch takes seconds
 
     try:
-        return decoded(bytearray(raw)).permute(1, 2, 0).numpy()
+        return decoded(raw)
     except DecodeError as error:
         raise BadImageError(f"training cannot decode it: {error}") from None
 

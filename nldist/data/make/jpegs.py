@@ -5,6 +5,8 @@ FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # start-of-frame markers
 HUFFMAN = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive: all but a few of the JPEGs that there are
 ARITHMETIC = {0xC9, 0xCA}
 LOSSLESS = {0xC3, 0xCB}
+_APP1, _FILL = 0xE1, 0xFF
+_UNCOMMON = FRAMES - HUFFMAN | {_APP1, _FILL}
 
 
 def is_whole(raw: bytes) -> bool:
@@ -21,3 +23,21 @@ def frame(raw: bytes) -> int:
             return marker
         place += 1 if marker == 0xFF else 2 + int.from_bytes(raw[place + 2 : place + 4], "big")
     return 0
+
+
+def is_common(data: bytes) -> bool:
+    """Whether it is a JPEG of a common process, grey or of three colours, that no EXIF block says is turned.
+
+    Any segment APP1 is taken for one, if it comes before the frame: EXIF demands that it is the first.
+    """
+    place, end = 2, len(data) - 10
+    if end < 0 or data[0] != 0xFF or data[1] != 0xD8:
+        return False
+    while place <= end and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker in HUFFMAN:
+            return data[place + 9] in (1, 3)
+        if marker in _UNCOMMON:
+            return False
+        place += 2 + (data[place + 2] << 8 | data[place + 3])
+    return False
