@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=10, help="passes over the images in each turn")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each")
     args = parser.parse_args()
+    args.work_dir /= str(args.num_images)
     keep_freed_memory()
     index = prepare(args.work_dir, args.num_images)
     view = View([spatial.RandomCrop(size=CROP)], MEAN, STD)

@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=2_000)
     parser.add_argument("--repeats", type=int, default=5, help="turns of each")
     args = parser.parse_args()
+    args.work_dir /= str(args.num_images)
     keep_freed_memory()
     torch.set_num_threads(1)
     index, run_dir = prepare(args.work_dir, args.num_images), args.work_dir / "run"
