@@ -2,10 +2,11 @@
 
     OMP_WAIT_POLICY=passive python benchmarks/two_ranks.py [--turns 5]
 
-Each turn is an epoch of DivideMix on one rank and one on two, with a thread each: PreAct-ResNet-18, 64 + 64 images a
-step and rank, 32 pixels, float32; their gradients, 45 MB a step, go from rank to rank. The images are crops of
-scikit-learn's two photographs. Counted are images a second of all ranks, and the share of time that a rank waits for
-data. With two busy cores that do other work as well, the ratio says what is left of them.
+Each turn is an epoch of DivideMix on one rank, one on two, and two runs beside each other of one rank and half of the
+images each, which have nothing to say to each other: what two of the machine's cores can do at all. A thread for each
+rank: PreAct-ResNet-18, 64 + 64 images a step and rank, 32 pixels, float32; gradients of 45 MB a step go from rank to
+rank. The images are crops of scikit-learn's two photographs. Counted are images a second of all ranks, and the share of
+time that a rank waits for data. With two busy cores that do other work as well, the ratio says what is left of them.
 Leaves benchmarks/results/two-ranks-DATE.json.
 """
 
@@ -14,6 +15,7 @@ import json
 import shutil
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +26,7 @@ from small_images import make_images
 
 from nldist.errors import main_guard
 
+Rates = dict[str, dict[str, float]]
 PASSES = {"sweep": ("sweep",), "step": ("net0", "net1")}
 SETTINGS = (
     *("method.name=dividemix", "method.dividemix.warmup_epochs=0", "train.epochs=1"),
@@ -42,15 +45,18 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        prepare(work, options.num_images)
-        turns = [{ranks: epoch(work, options.model, ranks) for ranks in (1, 2)} for _ in range(options.turns)]
-    results: dict[str, Any] = {"model": options.model, "turns": turns, "ratios": {}, "data_wait_share": {}}
+        whole, half = Path(name) / "whole", Path(name) / "half"
+        prepare(whole, options.num_images)
+        prepare(half, options.num_images // 2)
+        turns = [measured(whole, half, options.model) for _ in range(options.turns)]
+    results: dict[str, Any] = {"model": options.model, "num_images": options.num_images, "turns": turns}
+    results |= {"ratios": {}, "ratios_apart": {}, "data_wait_share": {}}
     for what in PASSES:
-        ratio = median(turn[2][what]["rate"] / turn[1][what]["rate"] for turn in turns)
-        results["ratios"][what] = ratio
-        results["data_wait_share"][what] = median(turn[2][what]["data_wait_share"] for turn in turns)
-        print(f"{what}: two ranks {ratio:.2f} times one, wait for data {results['data_wait_share'][what]:.1%}")
+        for side, name in (("two", "ratios"), ("apart", "ratios_apart")):
+            results[name][what] = median(turn[side][what]["rate"] / turn["one"][what]["rate"] for turn in turns)
+        results["data_wait_share"][what] = median(turn["two"][what]["data_wait_share"] for turn in turns)
+        print(f"{what}: two ranks {results['ratios'][what]:.2f} times one, wait for data", end=" ")
+        print(f"{results['data_wait_share'][what]:.1%}; two runs apart {results['ratios_apart'][what]:.2f} times")
     print(f"recorded in {record.write('two-ranks', ['torch', 'torchvision', 'webdataset'], results)}")
 
 
@@ -63,23 +69,32 @@ def prepare(work: Path, num_images: int) -> None:
     run_python("tools/noise.py", str(work / "data"), *noise, quiet=True)
 
 
-def epoch(work: Path, model: str, ranks: int) -> dict[str, dict[str, float]]:
+def measured(whole: Path, half: Path, model: str) -> dict[str, Rates]:
+    """A turn."""
+    turn = {"one": epoch(whole, "run", model, 1), "two": epoch(whole, "run", model, 2)}
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda run: epoch(half, run, model, 1), ("first", "second"))
+    turn["apart"] = {what: {"rate": first[what]["rate"] + second[what]["rate"]} for what in PASSES}
+    for side, rates in turn.items():
+        print(side, rates, flush=True)
+    return turn
+
+
+def epoch(work: Path, run: str, model: str, ranks: int) -> Rates:
     """Of each kind of pass the images a second of all ranks, and the share of its time spent on waiting for data."""
-    run_dir = work / "run"
+    run_dir = work / run
     shutil.rmtree(run_dir, ignore_errors=True)
     places = (f"data.root={work / 'data'}", f"run.dir={run_dir}", f"model.name={model}")
     train("tests/digits.yaml", *places, *SETTINGS, ranks=ranks)
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     facts = next(line for line in lines if line["kind"] == "epoch")
-    found = {
+    return {
         what: {
             "rate": median(facts[f"{name}/images_per_second"] for name in names),
             "data_wait_share": median(facts[f"{name}/data_wait_share"] for name in names),
         }
         for what, names in PASSES.items()
     }
-    print(f"{ranks} ranks: {found}", flush=True)
-    return found
 
 
 if __name__ == "__main__":
