@@ -85,9 +85,13 @@ def places(ranges: Iterable[range], owned: range) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *(np.arange(part.start, part.stop) - owned.start for part in parts)])
 
 
-def cut(ids: range, size: int) -> Sequence[range]:
-    """The ids in pieces of at most `size`, all but the last of one length: a multiple of 64, as BLAS likes it."""
+def cut(ids: range, size: int, among: int = 1) -> Sequence[range]:
+    """The ids in pieces of at most `size`, as many for each of `among` threads.
+
+    All but the last are of one length: a multiple of 64, as BLAS likes it.
+    """
     if not ids:
         return []
-    length = min(size, -(-len(ids) // -(-len(ids) // size) // 64) * 64)
+    num_pieces = -(-len(ids) // (size * among)) * among
+    length = min(size, -(-len(ids) // num_pieces // 64) * 64)
     return [ids[start : start + length] for start in range(0, len(ids), length)]

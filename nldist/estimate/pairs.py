@@ -58,6 +58,7 @@ class PairSearch:
         self._index, self._world, self._k = index, index.world, k
         self._blocks = Blocks(index.num_vectors)
         self._scores = torch.empty(torch.get_num_threads(), _TILE * _TILE, dtype=torch.float32)
+        self._pool = ThreadPoolExecutor(len(self._scores))  # kept: BLAS on a new thread begins without its buffers
         self._lists = _Lists(scores, ids, scores[:, 0].copy())
         self._vectors = torch.from_numpy(index.vectors(index.owned))
         longest = torch.zeros(1, dtype=torch.float64)
@@ -119,10 +120,23 @@ class PairSearch:
                 here = slice(start, start + len(ids))
                 tiles.append(_Tile(ids, columns[here], found.part(here), threading.Lock()))
                 start = here.stop
-            for number, rows in enumerate(cut(meeting.rows, _TILE)):
+            for number, rows in enumerate(cut(meeting.rows, _TILE, len(self._scores))):
                 first = number % max(1, len(tiles))  # threads begin at different tiles
                 tasks.append((rows, tiles[first:] + tiles[:first]))
-        _on_threads(lambda scores: self._work(tasks, scores), self._scores)
+        self._on_threads(lambda scores: self._work(tasks, scores))
+
+    def _on_threads(self, work: Callable[[Tensor], None]) -> None:
+        """Do the work on as many threads as there are buffers, each of which multiplies by itself."""
+        if len(self._scores) == 1:
+            work(self._scores[0])
+            return
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for done in [self._pool.submit(work, scores) for scores in self._scores]:
+                done.result()
+        finally:
+            torch.set_num_threads(num_threads)
 
     def _work(self, tasks: deque[tuple[range, Sequence["_Tile"]]], scores: Tensor) -> None:
         """Compare rows with the tiles of columns that they meet, as long as there are any; `scores` is for a block."""
@@ -213,18 +227,3 @@ class _Tile(NamedTuple):
     vectors: Tensor
     lists: _Lists
     lock: threading.Lock
-
-
-def _on_threads(work: Callable[[Tensor], None], buffers: Tensor) -> None:
-    """Do the work on as many threads as there are buffers, each of which multiplies by itself."""
-    if len(buffers) == 1:
-        work(buffers[0])
-        return
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(len(buffers)) as pool:
-            for done in [pool.submit(work, buffer) for buffer in buffers]:
-                done.result()
-    finally:
-        torch.set_num_threads(num_threads)

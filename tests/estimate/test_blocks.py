@@ -65,3 +65,8 @@ def test_places_and_pieces() -> None:
             pieces = cut(range(7, 7 + num_ids), size)
             assert [number for ids in pieces for number in ids] == list(range(7, 7 + num_ids))
             assert all(0 < len(ids) <= size for ids in pieces)
+    for among in (2, 3, 16):  # as many pieces for each thread
+        pieces = cut(range(7, 7 + 6451), 1024, among)
+        assert [number for ids in pieces for number in ids] == list(range(7, 7 + 6451))
+        assert len(pieces) % among == 0
+        assert max(map(len, pieces)) <= 1024
