@@ -86,7 +86,7 @@ def places(ranges: Iterable[range], owned: range) -> np.ndarray:
 
 
 def cut(ids: range, size: int, among: int = 1) -> Sequence[range]:
-    """The ids in pieces of at most `size`, as many for each of `among` threads.
+    """The ids in pieces of at most `size`, which so many threads can share evenly.
 
     All but the last are of one length: a multiple of 64, as BLAS likes it.
     """

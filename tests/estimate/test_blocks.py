@@ -65,8 +65,10 @@ def test_places_and_pieces() -> None:
             pieces = cut(range(7, 7 + num_ids), size)
             assert [number for ids in pieces for number in ids] == list(range(7, 7 + num_ids))
             assert all(0 < len(ids) <= size for ids in pieces)
-    for among in (2, 3, 16):  # as many pieces for each thread
-        pieces = cut(range(7, 7 + 6451), 1024, among)
-        assert [number for ids in pieces for number in ids] == list(range(7, 7 + 6451))
-        assert len(pieces) % among == 0
-        assert max(map(len, pieces)) <= 1024
+    for among in (2, 3, 16):
+        for num_ids in (3175, 6451, 77_419):
+            pieces = cut(range(7, 7 + num_ids), 1024, among)
+            assert [number for ids in pieces for number in ids] == list(range(7, 7 + num_ids))
+            assert max(map(len, pieces)) <= 1024
+            most = -(-len(pieces) // among) * len(pieces[0])  # of one thread
+            assert most < 1.15 * num_ids / among + 64
