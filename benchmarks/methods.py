@@ -6,7 +6,8 @@
     python benchmarks/methods.py sym40 --methods cross_entropy dividemix sanm --seeds 0
 
 All get the network, views, rate, schedule and epochs of benchmarks/methods.yaml; what is a method's own is in RUNS, its
-phases shortened with the number of epochs. Each run is one rank with one thread, --jobs of them beside each other.
+phases shortened with the number of epochs, and for ScanMix, which has pretext and clustering before it, in
+methods-scanmix.yaml. Each run is one rank with one thread, --jobs of them beside each other.
 Needs what benchmarks/cifar.py needs. Runs that are done are not trained again; a run that was cut short goes on. Leaves
 benchmarks/results/methods-LABELS-DATE.json: accuracies, and how many of the labels that a run suggests at its end are
 right, beside the given ones.
@@ -72,7 +73,9 @@ RUNS = {
     "mixnn_data_set": [*_MIXNN, "method.mixnn.neighbours=data_set", "method.mixnn.refresh_epochs=4"],
     "dividemix": _DIVIDEMIX,
     "sanm": [*_DIVIDEMIX, "method.ssl=sanm"],
+    "scanmix": ["method.name=scanmix"],
 }
+CONFIGS = {"scanmix": "benchmarks/methods-scanmix.yaml"}
 
 # What other labels need, by which PENCIL's authors choose its rate, too: chosen on their seed 0, as RUNS on sym40's.
 OTHER_LABELS: dict[str, dict[str, list[str]]] = {
@@ -125,7 +128,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         "-m",
         "nldist.cli",
         "train",
-        "benchmarks/methods.yaml",
+        CONFIGS.get(name, "benchmarks/methods.yaml"),
         *(setting.replace("RATE", f"{rate:.3g}") for setting in settings),
         quiet=True,
     )

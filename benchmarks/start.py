@@ -127,13 +127,11 @@ def make_demo(tree: Path, folder: Path) -> float:
 
 def cpu_seconds(tree: Path, *arguments: object, until: Path | None = None) -> float:
     """User and system seconds of `python ARGUMENTS` of a work tree, until it has ended or has written to `until`."""
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     begin = _of_children()
     process = subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=tree,
-        env=environment,
+        env=environment(tree),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -149,6 +147,13 @@ def cpu_seconds(tree: Path, *arguments: object, until: Path | None = None) -> fl
         while True:
             os.wait()
     return _of_children() - begin
+
+
+def environment(tree: Path) -> dict[str, str]:
+    """In which a command of a work tree runs: with a thread, and its bytecode kept."""
+    facts = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    facts.pop("PYTHONDONTWRITEBYTECODE", None)
+    return facts
 
 
 def _of_children() -> float:
