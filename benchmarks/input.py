@@ -50,7 +50,7 @@ from nldist.dist.memory import keep_freed_memory
 
 NUM_WORKERS, BATCH_SIZE, CROP = 2, 64, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PAIRS = (("stream", "bare", 0.85), ("stream, cropped", "ImageFolder", 2.0))
+PAIRS = (("stream", "bare", 0.92), ("stream, cropped", "ImageFolder", 2.8))
 
 
 def make_images(directory: Path, num_images: int) -> None:
@@ -196,7 +196,9 @@ def report(args: argparse.Namespace, index: Index, turns: dict[str, list[tuple[f
         "turns": turns,
         "ratios": ratios,
     }
-    print(f"written to {record.write('input', ['torch', 'torchvision', 'pillow', 'webdataset'], results)}")
+    print(
+        f"written to {record.write('input', ['torch', 'torchvision', 'simplejpeg', 'pillow', 'webdataset'], results)}"
+    )
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def peak(tree: Path, data: Path, run: Path, settings: tuple[str, ...]) -> float:
     try:
         while process.poll() is None and num_lines(run / "metrics.jsonl") < NUM_STEPS:
             status = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
-            most = float(status.get("VmHWM", "0 kB").split()[0]) / 1024
+            most = max(most, float(status.get("VmHWM", "0 kB").split()[0]) / 1024)
             time.sleep(0.1)
     finally:
         process.kill()

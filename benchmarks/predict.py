@@ -114,7 +114,7 @@ def report(args: argparse.Namespace, num_images: int, turns: dict[str, list[tupl
         "ratio": ratio,
         "target": TARGET,
     }
-    print(f"written to {record.write('predict', ['torch', 'torchvision', 'timm', 'pyarrow'], results)}")
+    print(f"written to {record.write('predict', ['torch', 'torchvision', 'simplejpeg', 'timm', 'pyarrow'], results)}")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def main() -> None:
         results["data_wait_share"][what] = median(turn["two"][what]["data_wait_share"] for turn in turns)
         print(f"{what}: two ranks {results['ratios'][what]:.2f} times one, wait for data", end=" ")
         print(f"{results['data_wait_share'][what]:.1%}; two runs apart {results['ratios_apart'][what]:.2f} times")
-    print(f"recorded in {record.write('two-ranks', ['torch', 'torchvision', 'webdataset'], results)}")
+    print(f"recorded in {record.write('two-ranks', ['torch', 'torchvision', 'simplejpeg', 'webdataset'], results)}")
 
 
 def prepare(work: Path, num_images: int) -> None:

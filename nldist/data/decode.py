@@ -14,7 +14,7 @@ from nldist.data.make.jpegs import is_common
 
 OFF_ALIGNMENT = 16
 """How far from a multiple of 32 bytes batches begin: libjpeg-turbo writes what is aligned past the processor's cache
-(AVX2), and decoding images of 32 x 32 pixels takes a third longer (findings/libjpeg_aligned_output.sh)."""
+(AVX2), and decoding images of 32 x 32 pixels takes up to twice as long (findings/libjpeg_aligned_output.sh)."""
 
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 
@@ -32,7 +32,7 @@ def decoded(data: bytes, into: np.ndarray | None = None) -> np.ndarray:
     Args:
         data: the file.
         into: uint8 (height, width, 3), contiguous: where the pixels may be put. What is returned is this array if they
-            are there; whatever happens, its contents are arbitrary otherwise.
+            are there in this shape. Else its contents are arbitrary, and what is returned may lie in it.
 
     Raises:
         DecodeError: it is no image, of a kind that torchvision does not read, or has several frames.

@@ -145,7 +145,7 @@ def image_of(raw: bytes, resize: int | None, max_side: int) -> np.ndarray:
 
     Raises:
         BadImageError: it is no image, damaged, or too large.
-        DecodeError: torchvision cannot decode it.
+        DecodeError: it cannot be decoded.
     """
     if plain_jpeg(raw, _LIMITS, resize) is None:
         raw = normalise(raw, _LIMITS, resize).data

@@ -8,7 +8,7 @@ in nldist.estimate.shard (docs/scanmix.md, "At full scale").
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
@@ -132,10 +132,12 @@ class PairSearch:
             return
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
+        done = [self._pool.submit(work, scores) for scores in self._scores]
         try:
-            for done in [self._pool.submit(work, scores) for scores in self._scores]:
-                done.result()
+            for thread in done:
+                thread.result()
         finally:
+            wait(done)  # they work on the lists, whatever interrupts this thread
             torch.set_num_threads(num_threads)
 
     def _work(self, tasks: deque[tuple[range, Sequence["_Tile"]]], scores: Tensor) -> None:

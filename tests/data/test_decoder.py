@@ -119,11 +119,20 @@ def sizes(out: Path) -> dict[str, tuple[int, int]]:
     return {key: size for key, *size in zip(rows["key"], rows["height"], rows["width"], strict=True)}  # type: ignore[misc]
 
 
+def exif_behind_the_frame(jpeg: bytes) -> bytes:
+    """The same image, with its EXIF block in front of the scan."""
+    start = jpeg.index(b"\xff\xe1")
+    end = start + 2 + int.from_bytes(jpeg[start + 2 : start + 4], "big")
+    scan = jpeg.index(b"\xff\xda")
+    return jpeg[:start] + jpeg[end:scan] + jpeg[start:end] + jpeg[scan:]
+
+
 JPEGS = {name: data for name, data in IMAGES.items() if data[:2] == b"\xff\xd8" and by_torchvision(data)}
 JPEGS |= {f"orientation {number}": encode("JPEG", exif=turned(number)) for number in range(1, 9)}
 JPEGS |= {
     "bytes between segments": JPEGS["jpeg"].replace(b"\xff\xdb", bytes(5) + b"\xff\xdb", 1),
     "fill bytes": JPEGS["jpeg"].replace(b"\xff\xdb", 3 * b"\xff" + b"\xff\xdb", 1),
+    "turned behind the frame": exif_behind_the_frame(encode("JPEG", exif=turned())),
     "a comment that looks like EXIF": encode("JPEG", comment=b"\xff\xe1\0\x08Exif\0\0"),
     "its colours as they are": encode("JPEG", keep_rgb=True),
     "marks to start again": encode("JPEG", restart_marker_rows=1),
@@ -160,7 +169,7 @@ def test_common_jpegs_are_decoded_where_they_belong_without_torchvision(monkeypa
     for name in ("jpeg", "progressive", "mpo", "marks to start again"):
         into = np.empty((24, 40, 3), np.uint8)
         assert decoded(JPEGS[name], into) is into
-    for name in ("cmyk", "turned-jpeg", "xmp-jpeg", "arithmetic"):
+    for name in ("cmyk", "turned-jpeg", "turned behind the frame", "xmp-jpeg", "arithmetic"):
         with pytest.raises(AssertionError):
             decoded(JPEGS[name])
 

@@ -51,7 +51,7 @@ def test_columns_point_at_the_images_in_the_tars(root: Path) -> None:
 
 def test_columns_are_mapped_and_read_only(root: Path) -> None:
     index = Index.open(root, "train")
-    assert isinstance(index.records, np.memmap)
+    assert isinstance(index.records.base, np.memmap)
     with pytest.raises(ValueError, match="read-only"):
         index.label[0] = 1
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import resize
 
+from nldist.data.decoded import decoded_cache
 from nldist.data.index import Index
 from nldist.data.plan import Part, Plan, divided, shuffled, sweep
 from nldist.data.stream import Batch, Stream
@@ -140,7 +141,12 @@ def test_images_of_different_sizes(tmp_path: Path, image_format: str, num_worker
     assert batch.sizes.tolist() == [[40, 30], [250, 167], [32, 250], [33, 97]] * 2
     assert batch.images.shape == (8, 3, 250, 250)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
-    for id_, (image, (height, width)) in enumerate(zip(batch.images, batch.sizes.tolist(), strict=True)):
+    _check_pixels(batch, index)
+
+
+def _check_pixels(batch: Batch, index: Index) -> None:
+    """Each image's are torchvision's, and zeros are beside it."""
+    for id_, image, (height, width) in zip(batch.ids.tolist(), batch.images, batch.sizes.tolist(), strict=True):
         with open(index.shards[index.shard[id_]], "rb") as tar:
             tar.seek(index.offset[id_])
             data = np.frombuffer(tar.read(index.size[id_]), np.uint8).copy()
@@ -150,6 +156,25 @@ def test_images_of_different_sizes(tmp_path: Path, image_format: str, num_worker
         assert torch.equal(image[:, :height, :width], wanted)
         assert not image[:, height:].any()
         assert not image[:, :, width:].any()
+
+
+def _wide_low_or_narrow(id_: int) -> np.ndarray:
+    height, width = [(40, 97), (20, 97), (40, 30), (33, 60)][id_ % 4]
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([(x * 2 + 9 * id_) % 256, y * 5, (x + y + 40 * id_) % 256], axis=-1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("kept", [False, True])
+def test_images_as_wide_as_their_batch_lie_in_their_own_places(tmp_path: Path, num_workers: int, kept: bool) -> None:
+    """They are decoded there; in memory that other batches have used, and beside images that are copied."""
+    root = make_dataset(tmp_path / "set", [20, 23], render=_wide_low_or_narrow, image_format="jpg")
+    index = Index.open(root, "train")
+    decoded = decoded_cache(index, 512, tmp_path / "kept", 2**30) if kept else None
+    for epoch in range(2):
+        plan = shuffled(43, rank=0, size=1, batch_size=3, seed=0, epoch=epoch, window=None)
+        for batches in Stream(index, None, plan, num_workers=num_workers, decoded=decoded):
+            _check_pixels(batches["all"], index)
 
 
 def test_images_with_an_orientation_tag_are_turned(tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
+import itertools
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from nldist.dist.world import World
 from nldist.errors import UserError
-from nldist.estimate import pairs
+from nldist.estimate import pairs, scan
 from nldist.estimate.graph import every_neighbour, neighbours_of, normalise
 from nldist.estimate.neighbours import ShardedIndex
 from tests.conftest import REPOSITORY
@@ -53,6 +57,41 @@ def with_copies(num_vectors: int) -> np.ndarray:
 @pytest.mark.parametrize("vectors", [with_copies(3333), near_ties(3333, 50)], ids=["copies", "near ties"])
 def test_ties_go_by_id_and_near_ties_by_exact_scores(vectors: np.ndarray, k: int) -> None:
     np.testing.assert_array_equal(graph_of(vectors, k), nearest_others(vectors, k))
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_threads_share_the_work() -> None:
+    vectors = exact_vectors(5000, 24)
+    vectors[::7] = vectors[3]
+    np.testing.assert_array_equal(graph_of(vectors, 20), nearest_others(vectors, 20))
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_an_error_on_one_thread_ends_the_search_when_all_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, real = itertools.count(), scan.scan
+    running: list[int] = []
+
+    def fails_once(*args: Any) -> None:
+        if (call := next(calls)) == 5:
+            raise MemoryError
+        running.append(call)
+        real(*args)
+        running.remove(call)
+
+    monkeypatch.setattr(scan, "scan", fails_once)
+    with pytest.raises(MemoryError):
+        graph_of(exact_vectors(5000, 24), 20)
+    assert not running
+    assert torch.get_num_threads() == 3
 
 
 @pytest.mark.parametrize("vector", [np.zeros(5), np.ones(5)])

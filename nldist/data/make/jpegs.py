@@ -5,8 +5,8 @@ FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # start-of-frame markers
 HUFFMAN = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive: all but a few of the JPEGs that there are
 ARITHMETIC = {0xC9, 0xCA}
 LOSSLESS = {0xC3, 0xCB}
-_APP1, _FILL = 0xE1, 0xFF
-_UNCOMMON = FRAMES - HUFFMAN | {_APP1, _FILL}
+SCAN, EXIF = b"\xff\xda", b"\xff\xe1"
+_UNCOMMON = FRAMES - HUFFMAN | {EXIF[1], 0xFF}  # which may fill the space between segments
 
 
 def is_whole(raw: bytes) -> bool:
@@ -26,17 +26,14 @@ def frame(raw: bytes) -> int:
 
 
 def is_common(data: bytes) -> bool:
-    """Whether it is a JPEG of a common process, grey or of three colours, that no EXIF block says is turned.
-
-    Any segment APP1 is taken for one, if it comes before the frame: EXIF demands that it is the first.
-    """
+    """Whether it is a JPEG of a common process, grey or of three colours, in whose header there is no EXIF block."""
     place, end = 2, len(data) - 10
     if end < 0 or data[0] != 0xFF or data[1] != 0xD8:
         return False
     while place <= end and data[place] == 0xFF:
         marker = data[place + 1]
-        if marker in HUFFMAN:
-            return data[place + 9] in (1, 3)
+        if marker in HUFFMAN:  # the block belongs before the frame, but libjpeg heeds it up to the scan
+            return data[place + 9] in (1, 3) and data.find(EXIF, place, data.find(SCAN, place)) < 0
         if marker in _UNCOMMON:
             return False
         place += 2 + (data[place + 2] << 8 | data[place + 3])
