@@ -100,6 +100,15 @@ class World:
         """Whether this is rank 0, which writes files and logs."""
         return self.rank == 0
 
+    def seed(self, seed: int) -> None:
+        """Seed torch's global generators that this rank draws from, the CPU's and its device's.
+
+        torch.manual_seed notes a traceback for every other kind of device too: 0.1 ms and more, in each step.
+        """
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
     def all_reduce(self, tensor: Tensor, op: Literal["sum", "min", "max"] = "sum") -> Tensor:
         """Reduce `tensor` over the ranks in place and return it."""
         if self.size > 1:

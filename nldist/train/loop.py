@@ -96,9 +96,9 @@ class Trainer:
         return True
 
     def _seed(self, step: int) -> None:
-        """Make what draws from torch's global generator (dropout) a function of the step, so that it resumes."""
+        """Make what draws from torch's global generators (dropout) a function of the step, so that it resumes."""
         position = self.progress.position
-        torch.manual_seed(self.context.seed("torch", position.epoch, position.pass_index, step, self.world.rank))
+        self.world.seed(self.context.seed("torch", position.epoch, position.pass_index, step, self.world.rank))
 
     def _continue_after(self, task: Pass, num_done: int) -> bool:
         """Save and stop where due, at edges that all ranks share; False to stop."""

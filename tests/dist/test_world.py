@@ -34,6 +34,14 @@ def reduce_all(world: World) -> tuple[list[float], object]:
     return results, world.broadcast_object({"from": world.rank})
 
 
+def test_a_seed_gives_the_numbers_of_torch_s_own() -> None:
+    for seed in (0, 7, 2**64 - 1):
+        torch.manual_seed(seed)
+        expected = torch.rand(4)
+        World.single().seed(seed)
+        torch.testing.assert_close(torch.rand(4), expected, rtol=0, atol=0)
+
+
 def test_reductions_and_broadcast() -> None:
     assert run_ranks(reduce_all, 3) == [([6.0, 1.0, 3.0], {"from": 0})] * 3
 
