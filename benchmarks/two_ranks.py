@@ -6,7 +6,9 @@ Each turn is an epoch of DivideMix on one rank, one on two, and two runs beside 
 images each, which have nothing to say to each other: what two of the machine's cores can do at all. A thread for each
 rank: PreAct-ResNet-18, 64 + 64 images a step and rank, 32 pixels, float32; gradients of 45 MB a step go from rank to
 rank. The images are crops of scikit-learn's two photographs. Counted are images a second of all ranks, and the share of
-time that a rank waits for data. With two busy cores that do other work as well, the ratio says what is left of them.
+time that a rank waits for data. Steps are the second network's: the first step of a run imports torch._dynamo, for
+DistributedDataParallel, which belongs to the start (benchmarks/start.py). With two busy cores that do other work as
+well, the ratio says what is left of them.
 Leaves benchmarks/results/two-ranks-DATE.json.
 """
 
@@ -27,7 +29,8 @@ from small_images import make_images
 from nldist.errors import main_guard
 
 Rates = dict[str, dict[str, float]]
-PASSES = {"sweep": ("sweep",), "step": ("net0", "net1")}
+PASSES = {"sweep": "sweep", "step": "net1"}
+COUNTED = {"rate": "images_per_second", "data_wait_share": "data_wait_share"}
 SETTINGS = (
     *("method.name=dividemix", "method.dividemix.warmup_epochs=0", "train.epochs=1"),
     *("train.batch_size=64", "train.autocast=off", "dist.device=cpu", "dist.num_threads=1", "data.num_workers=0"),
@@ -81,20 +84,14 @@ def measured(whole: Path, half: Path, model: str) -> dict[str, Rates]:
 
 
 def epoch(work: Path, run: str, model: str, ranks: int) -> Rates:
-    """Of each kind of pass the images a second of all ranks, and the share of its time spent on waiting for data."""
+    """Of a sweep and a pass with steps the images a second of all ranks, and the share of time that waits for data."""
     run_dir = work / run
     shutil.rmtree(run_dir, ignore_errors=True)
     places = (f"data.root={work / 'data'}", f"run.dir={run_dir}", f"model.name={model}")
     train("tests/digits.yaml", *places, *SETTINGS, ranks=ranks)
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     facts = next(line for line in lines if line["kind"] == "epoch")
-    return {
-        what: {
-            "rate": median(facts[f"{name}/images_per_second"] for name in names),
-            "data_wait_share": median(facts[f"{name}/data_wait_share"] for name in names),
-        }
-        for what, names in PASSES.items()
-    }
+    return {what: {key: facts[f"{name}/{value}"] for key, value in COUNTED.items()} for what, name in PASSES.items()}
 
 
 if __name__ == "__main__":
