@@ -11,10 +11,14 @@ from nldist.data.draws import Draws
 
 _TRIES = 16  # draws of a rectangle's aspect, of which the first that fits into the image is taken
 _ASPECTS = (0.8, 1.25)
+_ROUNDING = 1e-3  # of a step of saliency, by which a value may miss it
 
 
 def saliency(maps: Float[Tensor, "b channels h w"], size: Sequence[int]) -> Float[Tensor, "b H W"]:
     """Where the network looks, in 256 steps: the squared feature map, as large as the image.
+
+    Enlarging makes a plateau of a value at the edge, whose pixels differ by rounding: all of them reach its step, so
+    that the peak is the same pixel on every processor.
 
     Args:
         maps: (b, channels, h, w), of the last layer.
@@ -26,7 +30,7 @@ def saliency(maps: Float[Tensor, "b channels h w"], size: Sequence[int]) -> Floa
     squares = maps.square().sum(1, keepdim=True)
     large = F.interpolate(squares, tuple(size), mode="bilinear", align_corners=False)[:, 0]
     low, high = large.amin((1, 2), keepdim=True), large.amax((1, 2), keepdim=True)
-    return (255 * (large - low) / (high - low).clamp_min(torch.finfo(large.dtype).tiny)).floor()
+    return (255 * (large - low) / (high - low).clamp_min(torch.finfo(large.dtype).tiny) + _ROUNDING).floor()
 
 
 def extremes(saliency: Float[Tensor, "b H W"]) -> tuple[Int[Tensor, "b 2"], Int[Tensor, "b 2"]]:

@@ -48,6 +48,16 @@ def test_saliency_is_the_squared_map_as_large_as_the_image_in_256_steps() -> Non
     assert (saliency(torch.ones(1, 2, 4, 4), (8, 8)) == 0).all(), "a flat map has no peak, and no NaN"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_peak_does_not_depend_on_how_the_processor_rounds(dtype: torch.dtype) -> None:
+    maps = torch.rand(400, 3, 4, 4, generator=torch.Generator().manual_seed(2), dtype=dtype)
+    for (row, column), place in {(0, 0): [0, 0], (0, 3): [0, 28], (3, 0): [28, 0], (3, 3): [28, 28]}.items():
+        greatest = maps.clone()
+        greatest[:, :, row, column] += 1  # the plateau that 32 pixels make of it begins at `place`
+        peak, _ = extremes(saliency(greatest, (32, 32)))
+        assert (peak == torch.tensor(place)).all()
+
+
 def test_peak_and_trough_are_the_first_in_raster_order() -> None:
     values = torch.tensor([[[1.0, 9.0, 9.0], [0.0, 9.0, 0.0]]])
     peak, trough = extremes(values)
